@@ -1,0 +1,83 @@
+"""Everything that may go wrong, as one small tree. Each branch has its exit code.
+
+    TrainkitError                 our own: one line for the user, never a traceback
+    ├── UsageError       2        the recipe or the command line
+    │   └── RecipeErrors 2        all mistakes of one recipe at once, a line each
+    ├── DataError        3        examples, files, columns, masks
+    ├── ModelError       4        model folder, tokenizer, chat template, adapter
+    ├── MachineError     5        memory, disk, device, a missing extra
+    ├── CheckpointError  6        a checkpoint, or a resume that does not match
+    ├── DivergedError    7        a loss or a gradient that is not finite
+    └── Stopped      75 / 130     a signal, with the state saved (75), or Ctrl+C (130)
+
+Any other exception is a bug of trainkit: exit code 1, the traceback goes to a file, one line says where.
+
+A message names the place first (``file:line``, recipe key, example), then what is wrong, then what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TrainkitError(Exception):
+    """A failure that is not trainkit's bug; ``str(error)`` is the one line that the user reads."""
+
+    exit_code: ClassVar[int]
+
+
+class UsageError(TrainkitError):
+    """The recipe or the command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class RecipeErrors(UsageError):
+    """All mistakes of one recipe; ``lines`` holds one complete message for each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class DataError(TrainkitError):
+    """A data source, an example or a mask is not what training needs."""
+
+    exit_code = 3
+
+
+class ModelError(TrainkitError):
+    """A model folder, tokenizer, chat template or adapter cannot be used."""
+
+    exit_code = 4
+
+
+class MachineError(TrainkitError):
+    """This machine cannot do it: memory, disk, device, or an optional package that is not installed."""
+
+    exit_code = 5
+
+
+class CheckpointError(TrainkitError):
+    """A checkpoint is damaged, or does not belong to this run."""
+
+    exit_code = 6
+
+
+class DivergedError(TrainkitError):
+    """Training produced a number that is not finite; stopped before it reached the weights."""
+
+    exit_code = 7
+
+
+class Stopped(TrainkitError):
+    """A signal ended the run and its state is saved.
+
+    The exit code depends on the signal: 130 for Ctrl+C, 75 (EX_TEMPFAIL, "try again") for any other.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, *, by_keyboard: bool) -> None:
+        super().__init__(message)
+        self.by_keyboard = by_keyboard

@@ -1,0 +1,116 @@
+"""The name of every file a run leaves, and writing that is atomic.
+
+Nothing in this module loads torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The layout of ``output_dir``; the properties only name, they do not create."""
+
+    root: Path
+
+    @property
+    def marker(self) -> Path:
+        """Says that trainkit made this folder, and the id of the run that owns it."""
+        return self.root / "run.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as resolved, runnable by itself."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, devices, seed."""
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step or evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Generations at each evaluation."""
+        return self.root / "samples.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """Every token accounted for."""
+        return self.root / "ledger.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Holds ``step-000200/`` and so on."""
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def final(self) -> Path:
+        """The result: adapter or model, tokenizer, model card."""
+        return self.root / "final"
+
+    @property
+    def report(self) -> Path:
+        """Self-contained HTML."""
+        return self.root / "report.html"
+
+    @property
+    def crash(self) -> Path:
+        """The traceback of a bug."""
+        return self.root / "crash.txt"
+
+
+def permissions_for_new_file() -> int:
+    """The mode that ``open`` would give a new file under the current umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names inside ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` with ``content``: a reader sees the old file or the new one, never a part.
+
+    The bytes are on disk before the name is. Raises OSError as the file system does; nothing is left behind then.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, permissions_for_new_file())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. Raises ValueError for a number that is not finite."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
