@@ -1,0 +1,1 @@
+"""From files to rows: sources, conversations, encoding, packing, batches, ledger."""

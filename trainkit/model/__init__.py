@@ -1,0 +1,1 @@
+"""Loading, adapters, attention, precision, loss, export."""

@@ -1,0 +1,1 @@
+"""What to train: the schema, and the one reader of it."""

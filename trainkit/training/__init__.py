@@ -1,0 +1,1 @@
+"""Plan, step, loop, evaluation, checkpoints, metrics."""
