@@ -32,7 +32,7 @@ class UsageError(TrainkitError):
     exit_code = 2
 
 
-class RecipeErrors(UsageError):
+class RecipeErrors(UsageError):  # noqa: N818 - it holds several
     """All mistakes of one recipe; ``lines`` holds one complete message for each."""
 
     def __init__(self, lines: list[str]) -> None:
@@ -53,7 +53,7 @@ class ModelError(TrainkitError):
 
 
 class MachineError(TrainkitError):
-    """This machine cannot do it: memory, disk, device, or an optional package that is not installed."""
+    """What this machine cannot do: memory, disk, device, or an optional package that is not installed."""
 
     exit_code = 5
 
@@ -70,7 +70,7 @@ class DivergedError(TrainkitError):
     exit_code = 7
 
 
-class Stopped(TrainkitError):
+class Stopped(TrainkitError):  # noqa: N818 - a stop is no error of the run
     """A signal ended the run and its state is saved.
 
     The exit code depends on the signal: 130 for Ctrl+C, 75 (EX_TEMPFAIL, "try again") for any other.

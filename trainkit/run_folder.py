@@ -97,16 +97,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     The bytes are on disk before the name is. Raises OSError as the file system does; nothing is left behind then.
     """
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, permissions_for_new_file())
-        os.replace(temporary, path)
+        temporary.chmod(permissions_for_new_file())
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 

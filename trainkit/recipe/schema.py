@@ -133,9 +133,13 @@ class Packing:
     long_documents: Literal["split", "truncate", "drop", "error"] = key(
         "split", "what becomes of a document longer than a row; `split` loses nothing"
     )
-    overlap: int = key(64, "tokens that a piece of a split document repeats from the one before", unit="tokens", at_least=0)
+    overlap: int = key(
+        64, "tokens that a piece of a split document repeats from the one before", unit="tokens", at_least=0
+    )
     train_on_overlap: bool = key(False, "train the repeated tokens a second time; otherwise they are context only")
-    separator: str = key("eos", "`eos`, `none`, or a token of the vocabulary; ends a document where its format puts none")
+    separator: str = key(
+        "eos", "`eos`, `none`, or a token of the vocabulary; ends a document where its format puts none"
+    )
     isolate_documents: bool = key(True, "no token sees another document of its row (block-diagonal causal attention)")
     reset_positions: bool = key(True, "positions start from 0 in each document of a row")
 
@@ -176,7 +180,9 @@ class Training:
 class Evaluation:
     """What is measured on the held-out examples: before the first step, at intervals, after the last."""
 
-    every_steps: int | None = key(100, "interval; null: only before the first step and after the last", unit="steps", at_least=1)
+    every_steps: int | None = key(
+        100, "interval; null: only before the first step and after the last", unit="steps", at_least=1
+    )
     samples: int = key(4, "held-out prompts that are answered and shown", at_least=0)
     exact_match: int = key(
         0, "held-out prompts that are answered greedily and compared with the reference, letter by letter", at_least=0
@@ -206,6 +212,6 @@ class Recipe:
     evaluation: Evaluation = key(factory=Evaluation, doc="evaluation")
     checkpoints: Checkpoints = key(factory=Checkpoints, doc="checkpoints")
     tracking: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = key(
-        ("tensorboard",), "trackers beside the run folder's own files; [] for none"
+        (), "trackers beside the run folder's own files; each needs the optional extra of its name"
     )
     output_dir: str = key(doc="the run folder; relative to where the command runs")
