@@ -1,0 +1,39 @@
+"""What this machine has, and what a run took of it, in bytes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Memory that a run may still take on ``device``: free on the GPU; on the CPU, within the container's limit."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2 here, or its limit is "max"
+        return available
+    return min(available, max(0, limit - used))
+
+
+def process_memory_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that the run held: allocated on the GPU, resident on the CPU (since the process started)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

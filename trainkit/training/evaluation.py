@@ -1,0 +1,131 @@
+"""What the model does on the held-out examples: the exact mean loss over their trained tokens, and its answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainkit.data.batches import make_batch
+from trainkit.model.attention import generation_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trainkit.data.encoding import Prompt
+    from trainkit.data.packed_store import PackedRows
+    from trainkit.training.loop import Trainer
+
+ANSWERS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class EvaluationLoss:
+    """``loss`` is the mean over ``trained_tokens``, all of the held-out ones, whatever the batches."""
+
+    loss: float
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A held-out prompt, what the data answers, and what the model answers greedily.
+
+    ``match`` is letter by letter, after white space at both ends is taken off.
+    """
+
+    place: str
+    prompt: str
+    reference: str
+    answer: str
+    match: bool
+
+    def json_line(self, step: int) -> dict[str, Any]:
+        """The line of samples.jsonl."""
+        return {"step": step, **asdict(self)}
+
+
+@torch.no_grad()
+def evaluate_loss(trainer: Trainer, rows: PackedRows) -> EvaluationLoss:
+    """Mean loss over every trained token of ``rows``. Draws no random number; leaves the model in eval mode."""
+    accelerator, size = trainer.accelerator, trainer.plan.micro_batch_size
+    trainer.loss_model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    own = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    for start in range(0, len(own), size):
+        chosen = [rows.row(row) for row in own[start : start + size]]
+        batch = make_batch(chosen, trainer.packing, trainer.pad_id)
+        loss_sum, count = trainer.loss_model(
+            batch.input_ids_RT.to(accelerator.device),
+            batch.labels_RT.to(accelerator.device),
+            batch.position_ids_RT.to(accelerator.device),
+            batch.segment_lengths,
+        )
+        total += torch.stack([loss_sum.double(), count.double()]).cpu()
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
+    return EvaluationLoss(loss=float(total[0] / total[1]), trained_tokens=int(total[1]))
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[str, Prompt]],
+    *,
+    pad_id: int,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answer ``prompts``, pairs of (place, prompt), greedily; the answers stand in the order of the prompts.
+
+    Prompts of like length are answered together, padded on the left and masked. No random number is drawn.
+    """
+    answers: dict[int, Answer] = {}
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1].ids))
+    model.eval()
+    for start in range(0, len(by_length), ANSWERS_AT_ONCE):
+        indices = by_length[start : start + ANSWERS_AT_ONCE]
+        chosen = [prompts[index][1] for index in indices]
+        texts = _generate(model, tokenizer, chosen, pad_id, stop_ids, max_new_tokens)
+        for index, text in zip(indices, texts, strict=True):
+            place, prompt = prompts[index]
+            match = text.strip() == prompt.reference.strip()
+            answers[index] = Answer(place, prompt.text, prompt.reference, text, match)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    pad_id: int,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> list[str]:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids, dtype=torch.int64)
+        mask[row, longest - len(prompt.ids) :] = 1
+    device = model.device
+    with torch.no_grad(), generation_mode(model):
+        generated = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+            eos_token_id=list(stop_ids),
+        )
+    return [_text(tokenizer, row[longest:].tolist(), stop_ids) for row in generated]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: Sequence[int]) -> str:
+    """The answer up to its end-of-turn token, special tokens left out."""
+    stops = [position for position, token in enumerate(ids) if token in stop_ids]
+    text = tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True)
+    return str(text)
