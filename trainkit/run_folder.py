@@ -25,6 +25,11 @@ class RunFolder:
         return self.root / "run.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that trains here; empty."""
+        return self.root / "run.lock"
+
+    @property
     def recipe(self) -> Path:
         """The recipe as resolved, runnable by itself."""
         return self.root / "recipe.yaml"

@@ -1,0 +1,170 @@
+"""Whose run a folder holds, and whether this command may continue it.
+
+``run.json`` is written when a run begins. It carries the run's id, what must stay the same for a resume to mean
+anything (data, base model, micro-batch), and whether the run is finished. A lock keeps a second process out; the kernel
+lets go of it when the process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainkit.errors import CheckpointError, MachineError, UsageError
+from trainkit.recipe.reader import read_recipe, recipe_as_yaml
+from trainkit.run_folder import RunFolder, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trainkit.recipe.schema import Recipe
+
+FORMAT = 1
+# What may differ between a run and its continuation: where it lies, what is looked at, what is kept.
+FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of run.json. ``data_key`` and ``base_model`` are fingerprints of the packed data and the base."""
+
+    run_id: str
+    data_key: str
+    base_model: str
+    micro_batch_size: int
+    finished: bool = False
+    format: int = FORMAT
+
+
+def check_output(output_dir: str) -> RunFolder:
+    """The run folder for ``output_dir``, after making sure that it can be one. Writes nothing.
+
+    Raises MachineError when it is a file, UsageError when it holds files that trainkit did not make.
+    """
+    root = Path(output_dir).expanduser().absolute()
+    folder = RunFolder(root)
+    if root.exists() and not root.is_dir():
+        raise MachineError(f"output_dir: {output_dir} is a file; name a new folder")
+    try:
+        taken = root.is_dir() and any(path.name != folder.lock.name for path in root.iterdir())
+    except OSError as error:
+        raise MachineError(f"output_dir: {output_dir} cannot be read: {error.strerror}") from error
+    if taken and not folder.marker.is_file():
+        raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
+    return folder
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Create the folder if need be and hold its lock. Raises UsageError when another process holds it."""
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        file = folder.lock.open("a")
+    except OSError as error:
+        raise MachineError(f"output_dir: {folder.root} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"output_dir: another trainkit process is running in {folder.root}; wait for it, or name a new folder"
+            ) from error
+        yield
+
+
+def read_record(folder: RunFolder) -> RunRecord | None:
+    """The record of the run in ``folder``, or None when there is none. Raises CheckpointError when it is damaged."""
+    if not folder.marker.exists():
+        return None
+    try:
+        content = json.loads(folder.marker.read_bytes())
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{folder.marker}: format {content['format']}, this trainkit reads {FORMAT}")
+        return RunRecord(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder.marker}: damaged ({type(error).__name__}); --fresh begins anew") from error
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Whether the run in ``folder`` has something to lose: a checkpoint, a logged number, or a result."""
+    logged = folder.metrics.is_file() and folder.metrics.stat().st_size > 0
+    saved = folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())
+    return logged or saved or folder.final.exists()
+
+
+def begin_run(folder: RunFolder, recipe: Recipe, *, data_key: str, base_model: str, micro_batch_size: int) -> RunRecord:
+    """Write the recipe and the record of a new run."""
+    record = RunRecord(
+        run_id=secrets.token_hex(8), data_key=data_key, base_model=base_model, micro_batch_size=micro_batch_size
+    )
+    write_atomically(folder.recipe, recipe_as_yaml(recipe))
+    write_record(folder, record)
+    return record
+
+
+def write_record(folder: RunFolder, record: RunRecord) -> None:
+    """Replace run.json."""
+    write_json(folder.marker, asdict(record))
+
+
+def finish_run(folder: RunFolder, record: RunRecord) -> RunRecord:
+    """Note that the planned steps are done and the result is verified."""
+    finished = replace(record, finished=True)
+    write_record(folder, finished)
+    return finished
+
+
+def check_continuation(folder: RunFolder, record: RunRecord, recipe: Recipe, *, data_key: str, base_model: str) -> None:
+    """Raise CheckpointError, naming what differs, when the run in ``folder`` is not the one that is asked for."""
+    differing = recipe_differences(read_recipe(str(folder.recipe)).recipe, recipe)
+    if not differing and record.data_key != data_key:
+        differing = ["the data, the tokenizer or the chat template (their content, not the recipe)"]
+    if not differing and record.base_model != base_model:
+        differing = ["the base model (its files, not the recipe)"]
+    if differing:
+        raise CheckpointError(
+            f"{folder.root}: holds a run that differs in {'; '.join(differing)}. Give the same recipe to continue it, "
+            "--fresh to put it aside, or another output_dir"
+        )
+
+
+def recipe_differences(before: Recipe, after: Recipe) -> list[str]:
+    """The keys that may not change on a resume and do, as ``key: before → after``."""
+    old, new = _flat(asdict(before)), _flat(asdict(after))
+    return [
+        f"{key}: {old.get(key)} → {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_TO_CHANGE
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and sequences as one level of dotted keys.
+
+    >>> _flat({"a": {"b": 1}, "c": [2, {"d": 3}]})
+    {'a.b': 1, 'c.0': 2, 'c.1.d': 3}
+    """
+    if isinstance(value, dict):
+        items = [(str(key), entry) for key, entry in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(str(index), entry) for index, entry in enumerate(value)]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, entry in items:
+        flat |= _flat(entry, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def put_aside(folder: RunFolder) -> Path:
+    """Rename an existing run folder to ``NAME.1``, ``NAME.2`` ...: nothing is overwritten. Returns where it went."""
+    number = 1
+    while (aside := folder.root.with_name(f"{folder.root.name}.{number}")).exists():
+        number += 1
+    folder.root.rename(aside)
+    return aside
