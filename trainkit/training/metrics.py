@@ -1,0 +1,288 @@
+"""What a run records while it trains: lines of JSON in its folder, and the trackers that the recipe names.
+
+The run folder's files are the record; a tracker is a copy for looking at. Neither may end a run that trains well: a
+full disk or an unreachable server is said once, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from trainkit.errors import CheckpointError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from trainkit.run_folder import RunFolder
+
+# The key of a line that holds what JSON has no number for: {"not_finite": {"loss": "nan"}}.
+NOT_FINITE = "not_finite"
+
+
+class MetricsLog:
+    """A file of one JSON object a line, for metrics.jsonl and samples.jsonl.
+
+    Every line is handed to the system whole, and at a known place: after a failed write the next line takes the place
+    of whatever part of the failed one was written. ``length_bytes`` is where the next line will stand; a checkpoint
+    keeps it, and a resumed run goes back to it with :meth:`truncate_to`, so that no step is recorded twice.
+    A context manager. Opening it creates the file; raises MachineError when that cannot be done.
+    """
+
+    def __init__(self, path: Path, on_failure: Callable[[str], None]) -> None:
+        """Open ``path`` behind its last complete line; ``on_failure`` gets one line the first time a write fails."""
+        self._path = path
+        self._on_failure = on_failure
+        self._failed = False
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self.length_bytes = path.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(self._descriptor, self.length_bytes)
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def append(self, record: Mapping[str, Any]) -> bool:
+        """Write ``record`` as the next line; whether that succeeded.
+
+        A number that is not finite is written as null, and named with its kind under ``not_finite``.
+        """
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+        data = line.encode("utf-8", "backslashreplace")
+        try:
+            written = 0
+            while written < len(data):
+                written += os.pwrite(self._descriptor, data[written:], self.length_bytes + written)
+        except OSError as error:
+            self._report(f"{self._path}: {error.strerror}; training goes on, this record has gaps")
+            return False
+        self.length_bytes += len(data)
+        return True
+
+    def truncate_to(self, length_bytes: int) -> None:
+        """Forget every line behind the first ``length_bytes`` bytes.
+
+        Raises CheckpointError when the file is shorter or no line ends there: it is then another run's, or was edited.
+        """
+        if length_bytes > self.length_bytes or (
+            length_bytes and os.pread(self._descriptor, 1, length_bytes - 1) != b"\n"
+        ):
+            raise CheckpointError(
+                f"{self._path}: has {self.length_bytes:,} bytes and no line ending at byte {length_bytes:,}, where the "
+                "checkpoint left it; move the file away to continue without its past"
+            )
+        os.ftruncate(self._descriptor, length_bytes)
+        self.length_bytes = length_bytes
+
+    def sync(self) -> None:
+        """Make the lines survive a power cut; called before a checkpoint that counts on them is committed."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._report(f"{self._path}: {error.strerror}; training goes on, this record may have gaps")
+
+    def close(self) -> None:
+        """Cut off what a failed write may have left, and let go of the file."""
+        if self._descriptor >= 0:
+            os.ftruncate(self._descriptor, self.length_bytes)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _report(self, line: str) -> None:
+        if not self._failed:
+            self._failed = True
+            self._on_failure(line)
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """``record`` with its not finite numbers named instead of held.
+
+    >>> _finite({"step": 3, "loss": float("nan"), "grad_norm": float("inf")})
+    {'step': 3, 'loss': None, 'grad_norm': None, 'not_finite': {'loss': 'nan', 'grad_norm': 'inf'}}
+    """
+    odd = {name: str(value) for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {**record, **dict.fromkeys(odd), NOT_FINITE: odd} if odd else dict(record)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl or samples.jsonl in order; a last line without its end is left out.
+
+    Raises CheckpointError, naming the line, when another line is no JSON object.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path}:{number}: is no JSON object; delete the line")
+        records.append(record)
+    return records
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One place that numbers are sent to: how to send, and how to end."""
+
+    name: str
+    log: Callable[[int, Mapping[str, float]], None]
+    finish: Callable[[], None]
+
+
+class Trackers:
+    """The trackers of a run. One that fails is said once and left out from then on."""
+
+    def __init__(self, trackers: Iterable[Tracker], on_failure: Callable[[str], None]) -> None:
+        self._trackers = list(trackers)
+        self._on_failure = on_failure
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Send the numbers among ``values`` (``step`` itself and whatever is no number are left out)."""
+        numbers = {
+            name: float(value)
+            for name, value in values.items()
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, numbers)
+            except Exception as error:  # whatever a tracker's own library may raise: training must not end for it
+                self._trackers.remove(tracker)
+                self._on_failure(f"tracking: {tracker.name} failed at step {step} and is left out: {_one_line(error)}")
+
+    def finish(self) -> None:
+        """Let every tracker write what it still holds."""
+        while self._trackers:
+            tracker = self._trackers.pop()
+            try:
+                tracker.finish()
+            except Exception as error:  # as above: the run is complete without it
+                self._on_failure(f"tracking: {tracker.name} failed at the end: {_one_line(error)}")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise MachineError, with the command that mends it, when a tracker's package is not installed. Loads nothing."""
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin it is a mere folder of that name
+            raise MachineError(
+                f"tracking: {name} is not installed; pip install 'trainkit[{name}]', or take it out of `tracking`"
+            )
+
+
+def open_trackers(
+    names: Sequence[str],
+    folder: RunFolder,
+    config: Mapping[str, Any],
+    *,
+    on_failure: Callable[[str], None],
+    run_id: str,
+    first_step: int = 0,
+) -> Trackers:
+    """Start the trackers named in the recipe's ``tracking``.
+
+    ``config`` is the recipe as a nested mapping. ``run_id`` lets a resumed run go on in the same curve, behind
+    ``first_step``. Where wandb and mlflow send things is theirs to decide (WANDB_MODE, MLFLOW_TRACKING_URI, ...);
+    without MLFLOW_TRACKING_URI mlflow writes into the run folder.
+
+    Raises MachineError when one cannot be started: what the recipe asks for is done or refused.
+    """
+    check_trackers(names)
+    starters = {"tensorboard": _start_tensorboard, "wandb": _start_wandb, "mlflow": _start_mlflow}
+    started: list[Tracker] = []
+    for name in names:
+        try:
+            started.append(starters[name](folder, config, run_id, first_step))
+        except Exception as error:  # whatever its library raises when it finds no login, server or room
+            Trackers(started, on_failure).finish()
+            raise MachineError(
+                f"tracking: {name} could not be started ({_one_line(error)}); mend that, or take it out of `tracking`"
+            ) from error
+    return Trackers(started, on_failure)
+
+
+def _start_tensorboard(folder: RunFolder, config: Mapping[str, Any], _run_id: str, first_step: int) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # What an interrupted run logged behind its last checkpoint is hidden: those steps are done again.
+    purge_step = first_step + 1 if first_step else None
+    writer = SummaryWriter(str(folder.tensorboard), purge_step=purge_step, flush_secs=10)
+    if not first_step:
+        code = "\n".join(f"    {line}" for line in json.dumps(config, indent=2, ensure_ascii=False).splitlines())
+        writer.add_text("recipe", code)
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker("tensorboard", log, writer.close)
+
+
+def _start_wandb(folder: RunFolder, config: Mapping[str, Any], run_id: str, _first_step: int) -> Tracker:
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "trainkit"),
+        name=os.environ.get("WANDB_NAME", folder.root.name),
+        id=run_id,
+        resume="allow",
+        dir=folder.root,
+        config=dict(config),
+        settings=wandb.Settings(console="off"),  # the run's output is the user's, not wandb's to wrap
+    )
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        run.log(dict(numbers), step=step)
+
+    return Tracker("wandb", log, run.finish)
+
+
+def _start_mlflow(folder: RunFolder, config: Mapping[str, Any], run_id: str, _first_step: int) -> Tracker:
+    import mlflow
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri(f"sqlite:///{folder.root / 'mlflow.db'}")
+    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "trainkit"))
+    before = mlflow.search_runs(filter_string=f"tags.trainkit_run_id = '{run_id}'", output_format="list")
+    if before:
+        mlflow.start_run(run_id=before[0].info.run_id)
+    else:
+        mlflow.start_run(run_name=folder.root.name, tags={"trainkit_run_id": run_id})
+        mlflow.log_params({name: str(value) for name, value in _flat(config).items()})
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        mlflow.log_metrics(dict(numbers), step=step)
+
+    return Tracker("mlflow", log, mlflow.end_run)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys; lists stay.
+
+    >>> _flat({"model": {"name": "tiny"}, "tracking": []})
+    {'model.name': 'tiny', 'tracking': []}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
