@@ -41,7 +41,9 @@ def key(
 class Model:
     """Which model is trained, and how its layers run."""
 
-    name: str = key(doc="`tiny` (the model that ships with trainkit), a local folder, or a hub id")
+    name: str = key(
+        doc="`tiny` (the model that ships with trainkit), a local folder (relative to where the command runs), or a hub id"
+    )
     revision: str | None = key(None, "branch, tag or commit of a hub id")
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flex", "eager"] = key(
         "auto", "attention kernel; `auto` takes the fastest that isolates documents here, and says which and why"
@@ -78,7 +80,9 @@ class Adapter:
 class Source:
     """One place that examples come from."""
 
-    path: str = key(doc="jsonl, json, parquet, csv or txt file; a folder of them; or a hub id")
+    path: str = key(
+        doc="jsonl, json, parquet, csv or txt file; a folder of them; or a hub id. Relative to where the command runs"
+    )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"] = key(
         "auto", "shape of an example; `auto` recognises it and says what it saw"
     )

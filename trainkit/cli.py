@@ -1,0 +1,315 @@
+"""The command line: each command parses, then calls one function of ``commands/``; every failure ends here.
+
+What a user did wrong is one line on stderr and an exit code; a bug of ours is a traceback in a file, and one line that
+says where. Results go to stdout. Heavy libraries are imported by the commands, so that help and refusals are instant.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainkit import __version__
+from trainkit.console import Console
+from trainkit.errors import Stopped, TrainkitError
+from trainkit.recipe.reader import ReadRecipe, read_recipe
+from trainkit.run_folder import RunFolder
+
+EXIT_BUG, EXIT_USAGE, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 5, 130
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+app = typer.Typer(
+    name="trainkit",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+
+
+@dataclass
+class Session:
+    """One call of the program: what the handling of failures must know."""
+
+    debug: bool = False
+    run_folder: RunFolder | None = None
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a recipe that ships with trainkit.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, as section.key=value; the value is YAML, null unsets. Repeatable.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        Console().show(f"trainkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="""\b
+Exit codes:
+  0 finished and verified    4 model, tokenizer, adapter  7 diverged
+  1 bug of trainkit          5 machine                   75 stopped, resumable
+  2 recipe or usage          6 checkpoint or resume     130 Ctrl+C
+  3 data""",
+)
+def trainkit(
+    context: typer.Context,
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,  # noqa: ARG001
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune language models from a YAML recipe."""
+    if context.invoked_subcommand is None:
+        Console().note(context.get_help())
+        raise typer.Exit(EXIT_USAGE)
+
+
+@app.command(
+    "fine-tune",
+    epilog="""\b
+Examples:
+  trainkit fine-tune quickstart
+  trainkit fine-tune recipe.yaml --set training.learning_rate=1e-4""",
+)
+def fine_tune_command(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    *,
+    overrides: SetOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew instead of resuming the run in output_dir.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Train what the recipe says, and leave the result in its output_dir.
+
+    The same command run again resumes a run that was stopped.
+    """
+    read = _read(context, recipe, overrides, of_run=True)
+    from trainkit.commands.fine_tune import fine_tune
+
+    fine_tune(read, fresh=fresh, json_output=json_output)
+
+
+@app.command(
+    "inspect-data",
+    epilog="""\b
+Example:
+  trainkit inspect-data recipe.yaml --examples 5""",
+)
+def inspect_data_command(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    *,
+    overrides: SetOption = None,
+    examples: Annotated[int, typer.Option("--examples", metavar="N", min=1, help="How many examples to show.")] = 3,
+    json_output: JsonOption = False,
+) -> None:
+    """Show examples token by token, with what is trained highlighted."""
+    read = _read(context, recipe, overrides)
+    from trainkit.commands.inspect_data import inspect_data
+
+    inspect_data(read, examples=examples, json_output=json_output)
+
+
+@app.command(
+    "show",
+    epilog="""\b
+Example:
+  trainkit show recipe.yaml --set packing.sequence_length=512""",
+)
+def show_command(context: typer.Context, recipe: RecipeArgument, *, overrides: SetOption = None) -> None:
+    """Print the recipe as resolved: every key, where its value comes from, what it means.
+
+    The output is a recipe itself.
+    """
+    read = _read(context, recipe, overrides)
+    from trainkit.commands.show import show
+
+    Console().show(show(read).rstrip("\n"))
+
+
+@app.command(
+    "schema",
+    epilog="""\b
+Example:
+  trainkit schema > recipe.schema.json""",
+)
+def schema_command() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from trainkit.commands.schema import schema
+
+    Console().show(schema())
+
+
+@app.command(
+    "export",
+    epilog="""\b
+Example:
+  trainkit export runs/quickstart --merge --output merged""",
+)
+def export_command(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a finished run.")],
+    *,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into its base model, and verify it.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Where the result goes.", show_default="RUN/merged")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Turn the result of a run into another form."""
+    _session(context).run_folder = RunFolder(run)
+    from trainkit.commands.export import export
+
+    export(run, merge=merge, output=output, json_output=json_output)
+
+
+def _session(context: typer.Context) -> Session:
+    session = context.obj
+    assert isinstance(session, Session)
+    return session
+
+
+def _read(context: typer.Context, recipe: str, overrides: list[str] | None, *, of_run: bool = False) -> ReadRecipe:
+    """The recipe, with its warnings said; a bug from here on is written into its run folder, if it is a run's."""
+    read = read_recipe(recipe, overrides or ())
+    if of_run:
+        _session(context).run_folder = RunFolder(Path(read.recipe.output_dir))
+    console = Console()
+    for line in read.warnings:
+        console.warn(line)
+    return read
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; what comes back is the exit code. Raises nothing."""
+    session = Session(debug="--debug" in arguments)
+    try:
+        # --debug may stand anywhere: it is typed when the command has just failed
+        code = _invoke([argument for argument in arguments if argument != "--debug"], session)
+        sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        return _say(error, ["interrupted before there was anything to save"], EXIT_CTRL_C, session)
+    except Exception as error:
+        return _failed(error, session)
+    return code
+
+
+def _invoke(arguments: list[str], session: Session) -> int:
+    # Not through typer's own main: it would turn failures into its own messages and exit codes.
+    command: Any = typer.main.get_command(app)
+    try:
+        with command.make_context("trainkit", arguments, obj=session) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _failed(error: Exception, session: Session) -> int:
+    """Say what went wrong; what comes back is the exit code."""
+    if isinstance(error, TrainkitError):
+        code = EXIT_CTRL_C if isinstance(error, Stopped) and error.by_keyboard else error.exit_code
+        return _say(error, str(error).split("\n"), code, session)
+    if hasattr(error, "format_message"):
+        # an error of typer's (of click's, in its older versions): they share no public class
+        return _say(error, [_usage_message(error)], EXIT_USAGE, session)
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        return 0  # `| head` has read enough
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        line = f"{where}no space left on the disk; free some and run the same command again"
+        return _say(error, [line], EXIT_MACHINE, session)
+    if isinstance(error, MemoryError):
+        return _say(error, ["this machine is out of memory"], EXIT_MACHINE, session)
+    return _bug(error, session)
+
+
+def _say(error: BaseException, lines: list[str], code: int, session: Session) -> int:
+    console = Console()
+    if session.debug:
+        for line in _traceback(error).splitlines():
+            console.note(line)
+    for line in lines:
+        console.error(line)
+    return code
+
+
+def _usage_message(error: Any) -> str:
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "trainkit"
+    return f"{message}{' See' if message.endswith('?') else '; see'} `{command} --help`"
+
+
+def _stdout_is_closed() -> bool:
+    """Whether it is stdout whose reader has left; it then swallows whatever is still to be written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _bug(error: Exception, session: Session) -> int:
+    """Write the traceback where it can be found, and say so in one line."""
+    what = f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())}"[:120]
+    text = f"trainkit {__version__}, Python {sys.version.split()[0]}\n{_traceback(error)}"
+    console = Console()
+    for path in _crash_files(session.run_folder):
+        with contextlib.suppress(OSError):
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            if session.debug:
+                console.note(text)
+            console.error(f"this is a bug of trainkit ({what}); please report it with {path}")
+            return EXIT_BUG
+    console.note(text)
+    console.error(f"this is a bug of trainkit ({what}); please report it with the lines above")
+    return EXIT_BUG
+
+
+def _crash_files(run_folder: RunFolder | None) -> list[Path]:
+    """Where a crash report may go, best first: into the run's own folder, here, the folder of temporary files."""
+    name = f"trainkit-crash-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+    ours = [run_folder.crash] if run_folder and run_folder.marker.is_file() else []
+    return [*ours, Path(name), Path(tempfile.gettempdir()) / name]
+
+
+def _traceback(error: BaseException) -> str:
+    return without_secrets("".join(traceback.format_exception(error)))
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with access tokens taken out: a crash report is there to be sent to others."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and re.search("TOKEN|SECRET|PASSWORD|API_?KEY", name, re.IGNORECASE):
+            text = text.replace(value, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)", "***", text)
