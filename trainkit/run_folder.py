@@ -70,6 +70,11 @@ class RunFolder:
         return self.root / "final"
 
     @property
+    def summary(self) -> Path:
+        """What ``fine-tune --json`` ends with."""
+        return self.root / "summary.json"
+
+    @property
     def report(self) -> Path:
         """Self-contained HTML."""
         return self.root / "report.html"

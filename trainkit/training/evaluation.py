@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.data.batches import make_batch
-from trainkit.model.attention import generation_mode
+from trainkit.model.precision import autocast
+from trainkit.training.step import StopRequested, batch_on
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from trainkit.data.encoding import Prompt
+    from trainkit.data.encoding import Encoded, Prompt
     from trainkit.data.packed_store import PackedRows
     from trainkit.training.loop import Trainer
 
@@ -49,83 +50,90 @@ class Answer:
 
 
 @torch.no_grad()
-def evaluate_loss(trainer: Trainer, rows: PackedRows) -> EvaluationLoss:
-    """Mean loss over every trained token of ``rows``. Draws no random number; leaves the model in eval mode."""
+def evaluate_loss(trainer: Trainer, rows: PackedRows, should_stop: Callable[[], bool]) -> EvaluationLoss:
+    """Mean loss over every trained token of ``rows``. Draws no random number; leaves the model in eval mode.
+
+    Raises StopRequested when ``should_stop`` says so between micro-batches.
+    """
     accelerator, size = trainer.accelerator, trainer.plan.micro_batch_size
     trainer.loss_model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     own = range(accelerator.process_index, len(rows), accelerator.num_processes)
     for start in range(0, len(own), size):
+        if should_stop():
+            raise StopRequested
         chosen = [rows.row(row) for row in own[start : start + size]]
         batch = make_batch(chosen, trainer.packing, trainer.pad_id)
-        loss_sum, count = trainer.loss_model(
-            batch.input_ids_RT.to(accelerator.device),
-            batch.labels_RT.to(accelerator.device),
-            batch.position_ids_RT.to(accelerator.device),
-            batch.segment_lengths,
-        )
+        loss_sum, count = trainer.loss_model(*batch_on(accelerator.device, batch))
         total += torch.stack([loss_sum.double(), count.double()]).cpu()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
     return EvaluationLoss(loss=float(total[0] / total[1]), trained_tokens=int(total[1]))
 
 
+def stop_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Encoded]) -> frozenset[int]:
+    """Tokens that end an answer: end of sequence, and the special tokens that end the trained part of ``documents``."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ends = {int(document.ids[document.trained][-1]) for document in documents if document.trained.any()}
+    return frozenset((ends & special) | ({tokenizer.eos_token_id} - {None}))
+
+
 def answer_prompts(
-    model: PreTrainedModel,
+    trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[str, Prompt]],
     *,
-    pad_id: int,
-    stop_ids: Sequence[int],
+    stop_ids: frozenset[int],
     max_new_tokens: int,
+    should_stop: Callable[[], bool],
 ) -> list[Answer]:
     """Answer ``prompts``, pairs of (place, prompt), greedily; the answers stand in the order of the prompts.
 
     Prompts of like length are answered together, padded on the left and masked. No random number is drawn.
+    Raises StopRequested when ``should_stop`` says so between them.
     """
     answers: dict[int, Answer] = {}
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index][1].ids))
-    model.eval()
+    trainer.loss_model.eval()
     for start in range(0, len(by_length), ANSWERS_AT_ONCE):
+        if should_stop():
+            raise StopRequested
         indices = by_length[start : start + ANSWERS_AT_ONCE]
-        chosen = [prompts[index][1] for index in indices]
-        texts = _generate(model, tokenizer, chosen, pad_id, stop_ids, max_new_tokens)
-        for index, text in zip(indices, texts, strict=True):
+        generated = _generate(trainer, [prompts[index][1] for index in indices], stop_ids, max_new_tokens)
+        for index, ids in zip(indices, generated, strict=True):
             place, prompt = prompts[index]
+            text = _text(tokenizer, ids, stop_ids)
             match = text.strip() == prompt.reference.strip()
             answers[index] = Answer(place, prompt.text, prompt.reference, text, match)
     return [answers[index] for index in range(len(prompts))]
 
 
+@torch.no_grad()
 def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    pad_id: int,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-) -> list[str]:
+    trainer: Trainer, prompts: Sequence[Prompt], stop_ids: frozenset[int], max_new_tokens: int
+) -> list[list[int]]:
+    """The new tokens for each prompt."""
     longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
+    ids = torch.full((len(prompts), longest), trainer.pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids, dtype=torch.int64)
         mask[row, longest - len(prompt.ids) :] = 1
-    device = model.device
-    with torch.no_grad(), generation_mode(model):
-        generated = model.generate(
+    device = trainer.accelerator.device
+    with autocast(trainer.precision, device):
+        generated = trainer.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=pad_id,
-            eos_token_id=list(stop_ids),
+            use_cache=True,
+            pad_token_id=trainer.pad_id,
+            eos_token_id=sorted(stop_ids),
         )
-    return [_text(tokenizer, row[longest:].tolist(), stop_ids) for row in generated]
+    return [row[longest:].tolist() for row in generated]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: Sequence[int]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: frozenset[int]) -> str:
     """The answer up to its end-of-turn token, special tokens left out."""
     stops = [position for position, token in enumerate(ids) if token in stop_ids]
-    text = tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True)
-    return str(text)
+    return str(tokenizer.decode(ids[: stops[0]] if stops else ids, skip_special_tokens=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from trainkit.errors import CheckpointError
 from trainkit.training.checkpoint import TrainingState
 from trainkit.training.plan import Plan, learning_rate_at, position_of
 from trainkit.training.random_state import capture_random_state, restore_random_state
-from trainkit.training.step import StepResult, StopRequested, training_step
+from trainkit.training.step import StepResult, StopRequested, batch_on, training_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from trainkit.data.batches import Batch
     from trainkit.data.packed_store import PackedRows
+    from trainkit.model.precision import PrecisionPlan
     from trainkit.recipe.schema import Packing
 
 
@@ -39,12 +41,14 @@ class Counters:
     eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
+    evaluated_step: int | None = None
 
     def note_evaluation(self, loss: float) -> None:
         """Remember an evaluation at the current step; the first one is the loss before training."""
         if self.eval_loss_before is None:
             self.eval_loss_before = loss
         self.eval_loss = loss
+        self.evaluated_step = self.step
         if self.best_eval_loss is None or loss < self.best_eval_loss:
             self.best_eval_loss, self.best_step = loss, self.step
 
@@ -67,12 +71,18 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     accelerator: Accelerator
+    precision: PrecisionPlan
     rows: PackedRows
     packing: Packing
     pad_id: int
     seed: int
     max_grad_norm: float | None
     counters: Counters
+
+    @property
+    def model(self) -> Any:
+        """The language model itself, adapter included, without the wrappers of loss and device."""
+        return self.accelerator.unwrap_model(self.loss_model).model
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """The weights that train, by their name in the unwrapped model."""
@@ -133,8 +143,8 @@ def micro_batches(trainer: Trainer, rows: Sequence[int]) -> list[Batch]:
 def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
     """Do the steps that are left, yielding a report after each; return early when ``should_stop`` says so.
 
-    Between two reports the trainer stands exactly at a step boundary: a stop in the middle of a step drops that step's
-    gradients and puts the random generators back. Raises what :func:`training_step` raises.
+    Between two reports, and after an error, the trainer stands exactly at a step boundary: what ends a step in its
+    middle drops that step's gradients and puts the random generators back. Raises what :func:`training_step` raises.
     """
     counters, plan = trainer.counters, trainer.plan
     while counters.step < plan.steps and not should_stop():
@@ -149,15 +159,30 @@ def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepRep
                 describe_rows=lambda rows=rows: describe_rows(trainer.rows, rows),  # type: ignore[misc]
                 should_stop=should_stop,
             )
-        except StopRequested:
+        except BaseException as error:
+            trainer.optimizer.zero_grad(set_to_none=True)
             restore_random_state(before)
-            return
+            if isinstance(error, StopRequested):
+                return
+            raise
         epoch, _ = position_of(plan, counters.step)
         counters.step += 1
         counters.updates += not result.skipped
         counters.tokens += result.tokens
         counters.trained_tokens += result.trained_tokens
         yield StepReport(step=counters.step, epoch=epoch, result=result)
+
+
+def rehearse(trainer: Trainer) -> None:
+    """One forward and backward pass over the longest rows, discarded: what does not fit fails here, before step 1."""
+    before = capture_random_state()
+    trainer.loss_model.train()
+    longest = heapq.nlargest(trainer.plan.micro_batch_size, range(len(trainer.rows)), key=trainer.rows.tokens)
+    batch = make_batch([trainer.rows.row(row) for row in longest], trainer.packing, trainer.pad_id)
+    loss_sum, _ = trainer.loss_model(*batch_on(trainer.accelerator.device, batch))
+    loss_sum.backward()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    restore_random_state(before)
 
 
 def describe_rows(rows: PackedRows, indices: Sequence[int], most: int = 3) -> str:

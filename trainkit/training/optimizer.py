@@ -6,21 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.errors import MachineError
-
 if TYPE_CHECKING:
     from trainkit.recipe.schema import Training
-
-
-def check_optimizer(training: Training) -> None:
-    """Find out before a model is read whether the optimizer's package is here. Raises MachineError."""
-    if training.optimizer == "adamw_8bit":
-        try:
-            import bitsandbytes  # noqa: F401 - only whether it is here
-        except ImportError as error:
-            raise MachineError(
-                "training.optimizer: adamw_8bit needs bitsandbytes; pip install 'trainkit[qlora]', or take adamw"
-            ) from error
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def training_step(
 
     ``describe_rows`` names the documents of the step and is called only when something went wrong. Raises DivergedError
     before the update when the loss or the gradient is not finite, DataError when the step has no trained token, and
-    StopRequested, with gradients dropped, when ``should_stop`` says so between micro-batches.
+    StopRequested when ``should_stop`` says so between micro-batches; gradients are then the caller's to drop.
     """
     started = time.perf_counter()
     trained_tokens, tokens = _counts_over_all_processes(run.accelerator, micro_batches)
@@ -80,7 +80,6 @@ def training_step(
         raise DataError(f"no trained token in a whole step (rows: {describe_rows()}); nothing would be learned from it")
     loss = _accumulate(run, micro_batches, trained_tokens, should_stop)
     if not math.isfinite(loss):
-        run.optimizer.zero_grad(set_to_none=True)
         raise DivergedError(
             f"the loss is {loss} at learning rate {learning_rate:g}, before the update; rows: {describe_rows()}. "
             "Lower training.learning_rate, or look at these examples with inspect-data"
@@ -96,6 +95,18 @@ def training_step(
         seconds=time.perf_counter() - started,
         skipped=skipped,
         loss_scale=None if run.scaler is None else run.scaler.get_scale(),
+    )
+
+
+def batch_on(
+    device: torch.device, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[tuple[int, ...], ...]]:
+    """The arguments of the loss model for ``batch``, on ``device``."""
+    return (
+        batch.input_ids_RT.to(device),
+        batch.labels_RT.to(device),
+        batch.position_ids_RT.to(device),
+        batch.segment_lengths,
     )
 
 
@@ -118,14 +129,8 @@ def _accumulate(
     share = run.accelerator.num_processes / trained_tokens
     for batch in micro_batches:
         if should_stop():
-            run.optimizer.zero_grad(set_to_none=True)
             raise StopRequested
-        loss_sum, _ = run.loss_model(
-            batch.input_ids_RT.to(device),
-            batch.labels_RT.to(device),
-            batch.position_ids_RT.to(device),
-            batch.segment_lengths,
-        )
+        loss_sum, _ = run.loss_model(*batch_on(device, batch))
         loss = loss_sum * share
         (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss_sum.detach().double().cpu()
@@ -143,7 +148,6 @@ def _update(run: Stepper, describe_rows: Callable[[], str]) -> tuple[float, bool
     grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     finite = math.isfinite(grad_norm)
     if not finite and run.scaler is None:
-        run.optimizer.zero_grad(set_to_none=True)
         raise DivergedError(
             f"the gradient's norm is {grad_norm}, before the update; rows: {describe_rows()}. "
             "Lower training.learning_rate, or look at these examples with inspect-data"
