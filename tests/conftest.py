@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,11 +52,18 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.train_from_iterator(
         ["the quick brown fox jumps over the lazy dog, and what is it then? it is the end of the day."] * 4,
         trainers.BpeTrainer(
-            vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=300,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE, model_max_length=256
+        tokenizer_object=bpe,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=256,
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -77,3 +90,98 @@ def tiny_tokenizer(tiny_model_folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def conversations_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 conversations of one to three turns and very different lengths, as messages jsonl."""
+    draw = random.Random(7)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "what", "is", "it", "then"]
+    path = tmp_path_factory.mktemp("data") / "conversations.jsonl"
+    with path.open("w") as file:
+        for number in range(96):
+            messages = []
+            for _ in range(draw.randint(1, 3)):
+                question = " ".join(draw.choices(words, k=draw.randint(1, 8)))
+                answer = " ".join(draw.choices(words, k=draw.randint(1, 12)))
+                messages += [
+                    {"role": "user", "content": f"{number}: {question}?"},
+                    {"role": "assistant", "content": answer},
+                ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run left: its folder and what `--json` printed."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+    def lines(self, key: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that have `key`."""
+        metrics = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in metrics if key in line]
+
+    def losses(self) -> list[float]:
+        """The training curve."""
+        return [line["loss"] for line in self.lines("loss")]
+
+
+RunCommand = Callable[..., FinishedRun]
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with nested `changes`; None takes a key out."""
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+@pytest.fixture
+def small_recipe(tiny_model_folder: Path, conversations_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """A LoRA recipe over `conversations_file` that takes about a second: 96 conversations, rows of 128 tokens."""
+    return {
+        "model": {"name": str(tiny_model_folder)},
+        "precision": "fp32",
+        "adapter": {"type": "lora", "r": 4, "alpha": 8},
+        "data": {"train": str(conversations_file), "eval": 0.1},
+        "packing": {"sequence_length": 128, "overlap": 8},
+        "training": {"steps": 6, "tokens_per_step": 1024, "micro_batch_size": 4, "learning_rate": 1e-2},
+        "evaluation": {"every_steps": 3, "samples": 2, "max_new_tokens": 4},
+        "checkpoints": {"every_steps": 2},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def fine_tune(
+    small_recipe: dict[str, Any],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> RunCommand:
+    """`fine_tune(changes, name="run")` runs `small_recipe` with changes through the command line, to the end."""
+    from trainkit.cli import run
+
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+    def command(changes: dict[str, Any] | None = None, *, name: str = "run", fresh: bool = False) -> FinishedRun:
+        recipe = merged(small_recipe, {**(changes or {}), "output_dir": str(tmp_path / name)})
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        capfd.readouterr()
+        code = run(["fine-tune", str(path), "--json", *(["--fresh"] if fresh else [])])
+        output, errors = capfd.readouterr()
+        assert code == 0, errors
+        return FinishedRun(tmp_path / name, json.loads(output))
+
+    return command

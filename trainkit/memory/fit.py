@@ -54,8 +54,8 @@ def fit(recipe: Recipe, folder: Path, config: Any, precision: PrecisionPlan, dev
             needed = sum(memory_parts(model, step).values())
             raise MachineError(
                 f"training.micro_batch_size: auto: one row of {step.sequence_length} tokens needs about "
-                f"{_gib(needed)}, {device} has {_gib(available)} free; set model.activation_checkpointing: true, or a smaller "
-                "packing.sequence_length"
+                f"{_gib(needed)}, {device} has {_gib(available)} free; set model.activation_checkpointing: true, or a "
+                "smaller packing.sequence_length"
             )
     predicted = sum(memory_parts(model, replace(step, micro_batch_size=size)).values())
     return Fit(size, predicted + (process_memory_bytes() if device.type == "cpu" else 0))
