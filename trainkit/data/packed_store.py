@@ -249,7 +249,8 @@ class DocumentWriter:
         has_prompt: bool,
         place: str,
     ) -> None:
-        """Add a document. Raises MachineError when the disk does not take it."""
+        """Add a document of at least one token. Raises MachineError when the disk does not take it."""
+        assert len(ids_T) == len(trained_T) > 0, place
         self._tokens(np.ascontiguousarray(ids_T, "<i4").tobytes())
         self._trained(np.ascontiguousarray(trained_T, np.bool_).tobytes())
         encoded_place = place.encode(errors="backslashreplace")

@@ -1,0 +1,472 @@
+"""From a recipe's sources to packed rows, once: the result is kept and found again by a key that cannot be stale.
+
+sources → recognised → parsed → encoded → the documents' store → train or held out → rows → ledger
+
+The key is a hash of everything that the rows depend on: the bytes of the data files, the encoder's own fingerprint
+(tokenizer, template, what is trained), the data and packing sections, the seed, and the format of the store. Documents
+have a shorter key of their own, so that another sequence_length, mix or seed does not tokenise again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from trainkit.data.conversations import Conversation, Dropped, Message, PlainText, PromptCompletion, parse
+from trainkit.data.formats import recognise
+from trainkit.data.mask_gate import MaskGate
+from trainkit.data.packed_store import (
+    FORMAT_VERSION,
+    Documents,
+    DocumentWriter,
+    PackedRows,
+    StoreUnusable,
+    building,
+    read_facts,
+    read_prompts,
+    verify,
+    write_rows,
+)
+from trainkit.data.row_plan import TOO_LONG, Selection, held_out, plan_rows
+from trainkit.data.sources import read_source, source_files
+from trainkit.errors import DataError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from trainkit.data.conversations import ParsedExample
+    from trainkit.data.encoding import Encoder
+    from trainkit.data.formats import Recognised
+    from trainkit.data.packed_store import Part, PlannedRows
+    from trainkit.data.sources import Example
+    from trainkit.recipe.schema import Data, Recipe, Source
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the name of a stage, what is done of it, and of how much (None: not known)."""
+
+LOOKED_AT = 100
+"""Examples from which a source's format is recognised."""
+EXAMPLES_AT_ONCE = 256
+BYTES_AT_ONCE = 2**22
+MANY_PASSES = 3.0
+PLACES_NAMED = 3
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows to train on and to evaluate on, what was seen on the way, and the key that stands for all of it.
+
+    ``prompts`` are held-out examples, as (place, example), for answers to be generated; in an order drawn by the seed.
+    """
+
+    train: PackedRows
+    evaluation: PackedRows | None
+    prompts: tuple[tuple[str, ParsedExample], ...]
+    sentences: tuple[str, ...]
+    key: str
+
+
+def default_cache() -> Path:
+    """Where prepared data is kept: $TRAINKIT_CACHE, or trainkit/ in $XDG_CACHE_HOME or in ~/.cache."""
+    own = os.environ.get("TRAINKIT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "trainkit"
+    except RuntimeError as error:
+        raise MachineError(
+            "there is no home folder; set the environment variable TRAINKIT_CACHE to a folder"
+        ) from error
+
+
+def prepare(recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress) -> PreparedData:
+    """Make the rows that ``recipe`` asks for under ``cache``, or find them there; see :class:`PreparedData`.
+
+    Nothing in the cache is trusted unread: its sums are compared, and what is damaged is made anew, with a sentence
+    that says so. Raises DataError for whatever the sources hold that cannot be trained on, and MachineError where the
+    cache cannot be written.
+    """
+    sources = _all_sources(recipe.data)
+    before = _states_of_files(sources)
+    documents_key = _documents_key(sources, encoder, recipe, on_progress)
+    key = _hash_of(documents_key, _what_rows_depend_on(recipe))
+    # How many prompts are kept beside the rows does not make them other rows.
+    number_of_prompts = max(recipe.evaluation.samples, recipe.evaluation.exact_match)
+    rows_key = _hash_of(key, number_of_prompts)
+    documents_folder = cache / documents_key
+    rows_folder = documents_folder / "rows" / rows_key
+    warnings: list[str] = []
+
+    found = _is_sound(documents_folder, "documents", documents_key, warnings)
+    if not found:
+        with building(documents_folder, "documents", documents_key) as builder:
+            writer = DocumentWriter(builder)
+            seen = [_encode_source(*source, encoder, writer, on_progress) for source in enumerate(sources)]
+            writer.finish({"sources": seen})
+            _refuse_changed_files(sources, before)
+    found = found and _is_sound(rows_folder, "rows", rows_key, warnings)
+    if not found:
+        documents = Documents.open(documents_folder)
+        on_progress("packing", 0, None)
+        parts = _plan_parts(recipe, documents)
+        prompts = _prompts(recipe, documents, parts.get("evaluation"), sources, number_of_prompts)
+        with building(rows_folder, "rows", rows_key) as builder:
+            write_rows(builder, parts, prompts, {"sentences": _sentences(recipe, documents, parts)})
+
+    train = PackedRows.open(rows_folder)
+    evaluation = PackedRows.open(rows_folder, "evaluation") if recipe.data.eval is not None else None
+    _check_dropped(recipe, sources, [part for part in (train, evaluation) if part])
+    return PreparedData(
+        train=train,
+        evaluation=evaluation,
+        prompts=tuple((place, _example_from_json(value)) for place, value in read_prompts(rows_folder)),
+        sentences=(
+            *warnings,
+            *(source["sentence"] for source in train.documents.facts["sources"]),
+            *read_facts(rows_folder, "rows")["sentences"],
+            f"{'found again' if found else 'kept'} in {rows_folder}",
+        ),
+        key=key,
+    )
+
+
+def _all_sources(data: Data) -> tuple[Source, ...]:
+    """Training sources, then the evaluation sources where they are others."""
+    return data.train + (data.eval if isinstance(data.eval, tuple) else ())
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+def _documents_key(sources: Sequence[Source], encoder: Encoder, recipe: Recipe, on_progress: Progress) -> str:
+    """Stands for the tokens of all examples: what was read, and how it is encoded."""
+    read = [{**asdict(source), "weight": None, "content": _content_hash(source, on_progress)} for source in sources]
+    return _hash_of(FORMAT_VERSION, encoder.fingerprint, recipe.data.train_on, recipe.packing.separator, read)
+
+
+def _what_rows_depend_on(recipe: Recipe) -> list[Any]:
+    """The recipe's part of the rows' key; ``max_dropped`` refuses rows and never changes them."""
+    data = asdict(replace(recipe.data, max_dropped=0))
+    return [data, asdict(recipe.packing), recipe.training.seed]
+
+
+def _content_hash(source: Source, on_progress: Progress) -> list[str]:
+    """A hash of each file's bytes, or one of all records of a hub data set, whose files are not ours to know."""
+    files = source_files(source)
+    if not files:
+        total = hashlib.sha256()
+        for example in read_source(source):
+            total.update(_canonical(example.record))
+        return [total.hexdigest()]
+    hashes = []
+    for index, file in enumerate(files):
+        on_progress("checking files", index, len(files))
+        try:
+            with file.open("rb") as content:
+                hashes.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}") from error
+    on_progress("checking files", len(files), len(files))
+    return hashes
+
+
+def _states_of_files(sources: Sequence[Source]) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of every file."""
+    states = {}
+    for file in itertools.chain.from_iterable(source_files(source) for source in sources):
+        with suppress(OSError):  # a file that is gone differs from one that is there
+            status = file.stat()
+            states[file] = status.st_size, status.st_mtime_ns
+    return states
+
+
+def _refuse_changed_files(sources: Sequence[Source], before: Mapping[Path, tuple[int, int]]) -> None:
+    """Tokens of a file that changed while it was read would be kept under the key of its old content."""
+    after = _states_of_files(sources)
+    changed = [file for file in before.keys() | after.keys() if before.get(file) != after.get(file)]
+    if changed:
+        raise DataError(f"{min(changed)} changed while it was read; run again when it is complete")
+
+
+def _canonical(value: object) -> bytes:
+    """One text for equal values, whatever the order of their keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+
+
+def _hash_of(*values: object) -> str:
+    return hashlib.sha256(_canonical(values)).hexdigest()[:32]
+
+
+def _is_sound(folder: Path, kind: Literal["documents", "rows"], key: str, warnings: list[str]) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        verify(folder, kind, key)
+    except StoreUnusable as error:
+        warnings.append(f"warning: {error}; made anew")
+        return False
+    return True
+
+
+# --- examples to documents -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An example on its way to its document; ``number`` counts within its source."""
+
+    number: int
+    example: Example
+    content: bytes
+
+
+def _encode_source(
+    number: int, source: Source, encoder: Encoder, writer: DocumentWriter, on_progress: Progress
+) -> dict[str, Any]:
+    """Write the tokens of every example; returns what was seen: the source's sentence, counts, first drops.
+
+    Raises DataError where the masks of the whole source cannot be meant (:class:`MaskGate`).
+    """
+    recognised, examples = _opened(source)
+    gate = MaskGate(encoder.tokenizer)
+    dropped: Counter[str] = Counter()
+    places: defaultdict[str, list[str]] = defaultdict(list)
+
+    def drop(reason: str, place: str) -> None:
+        dropped[reason] += 1
+        if dropped[reason] <= PLACES_NAMED:
+            places[reason].append(place)
+
+    read = 0
+    for items in _in_batches(examples):
+        read += len(items)
+        parsed = [parse(item.example, recognised) for item in items]
+        kept = [(item, one) for item, one in zip(items, parsed, strict=True) if not isinstance(one, Dropped)]
+        for item, one in zip(items, parsed, strict=True):
+            if isinstance(one, Dropped):
+                drop(one.reason, item.example.place)
+        documents = encoder.encode_many([(one, item.example.place) for item, one in kept])
+        for (item, one), encoded in zip(kept, documents, strict=True):
+            if not encoded.ids.size:
+                drop("no tokens", item.example.place)
+                continue
+            gate.observe(encoded, item.example.place)
+            writer.append(
+                encoded.ids,
+                encoded.trained,
+                separator=bool(encoded.separator_tokens),
+                source=number,
+                example=item.number,
+                digest=int.from_bytes(hashlib.sha256(item.content).digest()[:8], "little"),
+                has_prompt=_has_prompt(one),
+                place=item.example.place,
+            )
+        on_progress(f"encoding {source.path}", read, None)
+    gate.check()
+    return {"sentence": recognised.sentence, "read": read, "dropped": dropped, "places": places}
+
+
+def _in_batches(examples: Iterator[Example]) -> Iterator[list[_Item]]:
+    """Examples in groups that are encoded at once, bounded in number and in bytes."""
+    batch: list[_Item] = []
+    size = 0
+    for number, example in enumerate(examples):
+        batch.append(_Item(number, example, _canonical(example.record)))
+        size += len(batch[-1].content)
+        if len(batch) == EXAMPLES_AT_ONCE or size >= BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _opened(source: Source) -> tuple[Recognised, Iterator[Example]]:
+    """What a source was recognised as, and all of its examples. Raises DataError for an empty one."""
+    examples = read_source(source)
+    first = list(itertools.islice(examples, LOOKED_AT))
+    if not first:
+        raise DataError(f"{source.path} holds no example")
+    return recognise(source, first), itertools.chain(first, examples)
+
+
+# --- documents to rows ---------------------------------------------------------------------------------------------
+
+
+def _plan_parts(recipe: Recipe, documents: Documents) -> dict[Part, PlannedRows]:
+    """The training rows, and the held-out rows where the recipe asks for them."""
+    data, seed = recipe.data, recipe.training.seed
+    lost = [source["dropped"] for source in documents.facts["sources"]]
+    training_sources = len(data.train)
+    from_training = np.flatnonzero(documents.sources_N < training_sources)
+    lost_in_training = _added(lost[:training_sources])
+    _refuse_none_left(data.train, from_training.size, lost_in_training)
+    selections: dict[Part, Selection] = {"train": Selection(data.train, 0, from_training, lost_in_training)}
+    if isinstance(data.eval, float):
+        held = held_out(documents.digests_N[from_training], data.eval, seed)
+        _refuse_one_sided(data, held)
+        selections["train"] = replace(selections["train"], documents_N=from_training[~held])
+        selections["evaluation"] = Selection(_each_once(data.train), 0, from_training[held], {})
+    elif data.eval is not None:
+        from_evaluation = np.flatnonzero(documents.sources_N >= training_sources)
+        lost_in_evaluation = _added(lost[training_sources:])
+        _refuse_none_left(data.eval, from_evaluation.size, lost_in_evaluation)
+        sources = _each_once(data.eval)
+        selections["evaluation"] = Selection(sources, training_sources, from_evaluation, lost_in_evaluation)
+    return {part: plan_rows(documents, selection, recipe.packing, seed) for part, selection in selections.items()}
+
+
+def _each_once(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Evaluation measures every held-out document once; weights are for training."""
+    return tuple(replace(source, weight=None) for source in sources)
+
+
+def _refuse_none_left(sources: Sequence[Source], documents: int, lost: Mapping[str, int]) -> None:
+    if not documents:
+        paths = ", ".join(source.path for source in sources)
+        raise DataError(f"{paths}: none of {sum(lost.values())} examples is left to train on ({_counted(lost)})")
+
+
+def _refuse_one_sided(data: Data, held: NDArray[np.bool_]) -> None:
+    if held.size == 1:
+        raise DataError(
+            f"{data.train[0].path} is one document, so data.eval: {data.eval} cannot hold out a part of it; give "
+            "`data.eval` a source of its own, or cut the text into several files"
+        )
+    if held.all() or not held.any():
+        which = "all" if held.all() else "none"
+        raise DataError(
+            f"data.eval: {data.eval} holds out {which} of the {held.size} examples; give another fraction, or a source"
+        )
+
+
+def _check_dropped(recipe: Recipe, sources: Sequence[Source], parts: Sequence[PackedRows]) -> None:
+    """Raise DataError where more examples than ``data.max_dropped`` came to nothing, other than by being too long."""
+    read = sum(part.ledger.examples_read for part in parts)
+    dropped = _added([part.ledger.examples_dropped for part in parts])
+    dropped.pop(TOO_LONG, None)
+    lost = sum(dropped.values())
+    if lost <= recipe.data.max_dropped * read:
+        return
+    documents = parts[0].documents
+    places = [place for source in documents.facts["sources"] for first in source["places"].values() for place in first]
+    in_rows = np.concatenate([part.plan.pieces.document_P for part in parts])
+    missing = np.setdiff1d(np.arange(len(documents)), in_rows)
+    if recipe.packing.long_documents == "drop":
+        missing = missing[np.diff(documents.offsets_N)[missing] <= recipe.packing.sequence_length]
+    places += [documents.place(document) for document in missing[:PLACES_NAMED].tolist()]
+    raise DataError(
+        f"{', '.join(source.path for source in sources)}: {lost:,} of {read:,} examples leave nothing to "
+        f"train ({_counted(dropped)}; first: {', '.join(places[:PLACES_NAMED])}), more than data.max_dropped: "
+        f"{recipe.data.max_dropped}; mend them, or raise it"
+    )
+
+
+def _added(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in counts:
+        total.update(one)
+    return dict(total)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(counts.items(), key=lambda one: -one[1]))
+
+
+def _sentences(recipe: Recipe, documents: Documents, parts: Mapping[Part, PlannedRows]) -> list[str]:
+    """What the person should know about the rows, a line each."""
+    sentences = []
+    for part, plan in parts.items():
+        ledger = plan.ledger
+        sentences.append(
+            f"{part}: {ledger.documents:,} documents, {ledger.tokens:,} tokens ({ledger.trained_targets:,} trained) in "
+            f"{ledger.rows:,} rows of {ledger.sequence_length:,}, {ledger.fill:.1%} full"
+        )
+        if ledger.examples_dropped:
+            sentences.append(
+                f"{part}: dropped of {ledger.examples_read:,} examples: {_counted(ledger.examples_dropped)}"
+            )
+        if ledger.truncated:
+            sentences.append(f"{part}: {ledger.truncated:,} tokens truncated ({ledger.truncated / ledger.read:.1%})")
+        sentences += [
+            f"warning: {source.path} is repeated {source.passes:.1f} times to meet its weight"
+            for source in ledger.sources
+            if source.passes > MANY_PASSES
+        ]
+    if isinstance(recipe.data.eval, tuple):
+        from_training = documents.sources_N < len(recipe.data.train)
+        digests = documents.digests_N
+        both = int(np.isin(digests[~from_training], digests[from_training]).sum())
+        if both:
+            of = np.count_nonzero(~from_training)
+            sentences.append(f"warning: {both:,} of the {of:,} evaluation examples are in the training data too")
+    return sentences
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+def _prompts(
+    recipe: Recipe, documents: Documents, evaluation: PlannedRows | None, sources: Sequence[Source], number: int
+) -> str:
+    """JSON of (place, example) of the first held-out examples with a prompt, in an order drawn by the seed."""
+    if evaluation is None or not number:
+        return "[]"
+    candidates = np.unique(evaluation.pieces.document_P)
+    candidates = candidates[documents.prompts_N[candidates]]
+    chosen = np.random.default_rng(recipe.training.seed).permutation(candidates)[:number].tolist()
+    texts = _examples_of(documents, chosen, sources)
+    return json.dumps([(documents.place(document), texts[document]) for document in chosen], default=str)
+
+
+def _examples_of(documents: Documents, chosen: Sequence[int], sources: Sequence[Source]) -> dict[int, dict[str, Any]]:
+    """The examples behind the ``chosen`` documents, read again: the store keeps tokens and no texts."""
+    wanted: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    for document in chosen:
+        wanted[int(documents.sources_N[document])][int(documents.examples_N[document])] = document
+    found = {}
+    for number, document_of_example in wanted.items():
+        recognised, examples = _opened(sources[number])
+        for index, example in enumerate(itertools.islice(examples, max(document_of_example) + 1)):
+            if index in document_of_example:
+                parsed = parse(example, recognised)
+                assert not isinstance(parsed, Dropped), "it was encoded, so it was not dropped"
+                found[document_of_example[index]] = _example_to_json(parsed)
+    return found
+
+
+def _has_prompt(example: ParsedExample) -> bool:
+    """Whether something stands before the last answer, for a model to be given."""
+    if isinstance(example, Conversation):
+        return any(one.role == "assistant" for one in example.messages[1:])
+    return isinstance(example, PromptCompletion) and example.prompt != ""
+
+
+def _example_to_json(example: ParsedExample) -> dict[str, Any]:
+    if isinstance(example, Conversation):
+        messages = [[one.role, one.content, one.trained, dict(one.extras)] for one in example.messages]
+        return {"messages": messages, "tools": example.tools}
+    if isinstance(example, PromptCompletion):
+        return {"prompt": example.prompt, "completion": example.completion}
+    return {"text": example.text}
+
+
+def _example_from_json(value: Mapping[str, Any]) -> ParsedExample:
+    if "messages" in value:
+        tools = value["tools"]
+        return Conversation(tuple(Message(*one) for one in value["messages"]), None if tools is None else tuple(tools))
+    if "prompt" in value:
+        return PromptCompletion(value["prompt"], value["completion"])
+    return PlainText(value["text"])
