@@ -1,0 +1,128 @@
+"""Which number type does what: storage, arithmetic, gradients, optimizer.
+
+Every weight that trains is stored in fp32 (the master weights), whatever the arithmetic runs in: a 16-bit weight
+cannot take a small update. Frozen weights need no such care and are stored in the type of the arithmetic.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from trainkit.errors import MachineError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from trainkit.recipe.schema import Precision
+
+Name = Literal["fp32", "fp16", "bf16"]
+
+_DTYPES: dict[Name, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# From these CUDA capabilities on, the tensor cores multiply the type; below, it is emulated or missing.
+_CUDA_CAPABILITY_BF16 = (8, 0)
+_CUDA_CAPABILITY_FP16 = (5, 3)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """The type of every number of a run, and why."""
+
+    name: Name
+    frozen_storage: torch.dtype
+    trained_storage: torch.dtype
+    compute: torch.dtype
+    gradient: torch.dtype
+    optimizer: torch.dtype
+    reason: str
+
+    @property
+    def scales_loss(self) -> bool:
+        """fp16 gradients underflow, so that the loss is scaled up before the backward pass."""
+        return self.compute == torch.float16
+
+    def sentence(self) -> str:
+        """One line for the run's opening: every type and the reason."""
+        scaling = ", loss scaled dynamically" if self.scales_loss else ""
+        return (
+            f"precision {self.name} ({self.reason}): compute {_NAMES[self.compute]}; trained weights "
+            f"{_NAMES[self.trained_storage]}, frozen weights {_NAMES[self.frozen_storage]}; gradients "
+            f"{_NAMES[self.gradient]}; optimizer {_NAMES[self.optimizer]}{scaling}"
+        )
+
+
+def plan_precision(requested: Precision, device: torch.device) -> PrecisionPlan:
+    """The types for ``precision: requested`` on this device.
+
+    Raises :class:`MachineError` where the device cannot compute in the requested type.
+    """
+    name, reason = _automatic(device) if requested == "auto" else (requested, _check(requested, device))
+    compute = _DTYPES[name]
+    return PrecisionPlan(
+        name=name,
+        frozen_storage=compute,
+        trained_storage=torch.float32,
+        compute=compute,
+        gradient=torch.float32,
+        optimizer=torch.float32,
+        reason=reason,
+    )
+
+
+def autocast(plan: PrecisionPlan, device: torch.device) -> AbstractContextManager[object]:
+    """The context of the forward pass: torch's autocast, or nothing in fp32."""
+    if plan.compute == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=plan.compute)
+
+
+def make_scaler(plan: PrecisionPlan, device: torch.device) -> torch.amp.GradScaler | None:
+    """The dynamic loss scaler that fp16 needs, on the CPU too; None for the other types."""
+    return torch.amp.GradScaler(device.type) if plan.scales_loss else None
+
+
+def _automatic(device: torch.device) -> tuple[Name, str]:
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= _CUDA_CAPABILITY_BF16:
+            return "bf16", "chosen: this GPU multiplies bf16, which has the range of fp32"
+        return "fp16", f"chosen: this GPU ({_cuda_name(device)}) has no bf16 arithmetic"
+    if device.type == "cpu":
+        return "fp32", "chosen: 16 bit saves no time on the CPU"
+    return "fp32", f"chosen: 16 bit is not tried on {device.type}"
+
+
+def _check(requested: Name, device: torch.device) -> str:
+    """The sentence that comes with an explicit choice; raises where the device cannot do it."""
+    if requested == "fp32":
+        return "as the recipe says"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if requested == "bf16" and capability < _CUDA_CAPABILITY_BF16:
+            raise MachineError(f"precision: {_cuda_name(device)} has no bf16 arithmetic; set precision: fp16")
+        if requested == "fp16" and capability < _CUDA_CAPABILITY_FP16:
+            raise MachineError(f"precision: {_cuda_name(device)} has no fp16 arithmetic; set precision: fp32")
+        return "as the recipe says"
+    if device.type == "cpu":
+        if _cpu_multiplies(requested):
+            return "as the recipe says"
+        return f"as the recipe says; this CPU has no {requested} instructions, so that it is slower than fp32 here"
+    raise MachineError(f"precision: {requested} is not supported on {device.type}; set precision: fp32")
+
+
+def _cpu_multiplies(name: Name) -> bool:
+    """Whether this processor has matrix or dot-product instructions for a 16-bit type.
+
+    torch names the tests with an underscore; where a release has none, the answer is no, which only adds a warning.
+    """
+    tests = {"bf16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "fp16": ("_is_amx_fp16_supported",)}
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests.get(name, ()))
+
+
+def _cuda_name(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
