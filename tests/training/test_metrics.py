@@ -85,6 +85,16 @@ def test_going_back_to_where_no_line_ends_is_refused(tmp_path: Path, length_byte
     assert read_metrics(path) == [{"step": 1}]
 
 
+def test_a_file_that_was_moved_away_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    said: list[str] = []
+    with MetricsLog(path, said.append) as log:
+        log.truncate_to(100)
+        log.append({"step": 9})
+    assert read_metrics(path) == [{"step": 9}]
+    assert said == [f"{path}: is empty; the steps before this one are not recorded"]
+
+
 def test_half_a_line_of_a_killed_run_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "los')

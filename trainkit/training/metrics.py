@@ -70,13 +70,15 @@ class MetricsLog:
         return True
 
     def truncate_to(self, length_bytes: int) -> None:
-        """Forget every line behind the first ``length_bytes`` bytes.
+        """Forget every line behind the first ``length_bytes`` bytes; a file that is empty or gone begins anew.
 
         Raises CheckpointError when the file is shorter or no line ends there: it is then another run's, or was edited.
         """
-        if length_bytes > self.length_bytes or (
-            length_bytes and os.pread(self._descriptor, 1, length_bytes - 1) != b"\n"
-        ):
+        if length_bytes and not self.length_bytes:
+            self._report(f"{self._path}: is empty; the steps before this one are not recorded")
+            return
+        ends_there = length_bytes == 0 or os.pread(self._descriptor, 1, length_bytes - 1) == b"\n"
+        if length_bytes > self.length_bytes or not ends_there:
             raise CheckpointError(
                 f"{self._path}: has {self.length_bytes:,} bytes and no line ending at byte {length_bytes:,}, where the "
                 "checkpoint left it; move the file away to continue without its past"
