@@ -1,0 +1,290 @@
+"""What can be known to be wrong with a model folder before a weight is read.
+
+Layout of a safetensors file: 8 bytes little-endian length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, data
+(https://huggingface.co/docs/safetensors, section "Format").
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from trainkit.model.locating import ModelLocation
+    from trainkit.recipe.schema import Packing
+
+DIGESTS = "SHA256SUMS"  # in the format of sha256sum(1)
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+UNSAFE_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, as its header says."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+def check_model(location: ModelLocation, packing: Packing) -> PretrainedConfig:
+    """The configuration of a model whose files are whole; no weight is loaded.
+
+    Looked at: configuration, every weight file's header and size, recorded SHA-256 digests (``SHA256SUMS`` in the
+    folder, or the names the hub's cache gives its files), and ``packing.sequence_length`` against the positions that
+    the model has. Raises ModelError.
+    """
+    config = _check_config(location)
+    _check_files(location)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and packing.sequence_length > positions:
+        raise ModelError(
+            f"packing.sequence_length: {packing.sequence_length:,} is beyond the {positions:,} positions of "
+            f"{location.name} (max_position_embeddings); set it to {positions} or less"
+        )
+    return config
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Raise ModelError when the tokenizer can give an id that the embedding has no row for."""
+    rows = config.get_text_config().vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise ModelError(
+            f"tokenizer: token {token!r} has id {largest:,}, but the model's embedding has {rows:,} rows; "
+            "take the tokenizer that belongs to this model"
+        )
+
+
+def stored_dtype(location: ModelLocation) -> torch.dtype:
+    """The dtype that most bytes of the weight files have."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, FLOATING[_main_dtype(stored_tensors(location))])
+    return dtype
+
+
+def stored_tensors(location: ModelLocation) -> dict[str, StoredTensor]:
+    """What the weight files hold, from their headers. Raises ModelError when a file is missing or not whole."""
+    return _check_files(location, digests=False)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, shards in name order. ModelError where there are none."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        return [folder / name for name in sorted(set(_weight_map(index).values()))]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    unsafe = sorted(file.name for pattern in UNSAFE_WEIGHTS for file in folder.glob(pattern))
+    if unsafe:
+        raise ModelError(
+            f"{folder}: holds {unsafe[0]} but no {SINGLE_FILE}; only safetensors weights are read (other formats can "
+            "run code or lose precision): save it as safetensors with transformers' save_pretrained"
+        )
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    if shards:
+        raise ModelError(
+            f"{folder}: holds {_some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}; copy the index too"
+        )
+    raise ModelError(f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, whose size is checked against its header. Raises ModelError naming it."""
+    actual = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        if start.startswith(LFS_POINTER):
+            raise ModelError(
+                f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+            )
+        if len(start) < 8:
+            raise ModelError(f"{path}: cut off: {actual} bytes; copy or download it again")
+        (length,) = struct.unpack("<Q", start[:8])
+        if length > min(actual - 8, 1 << 30):
+            raise ModelError(f"{path}: cut off or no safetensors file: its header needs {length:,} of {actual:,} bytes")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: _stored_tensor(facts) for name, facts in header.items()}
+            data_bytes = max((facts["data_offsets"][1] for facts in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{path}: its safetensors header is damaged; copy or download it again") from error
+    expected = 8 + length + data_bytes
+    if expected != actual:
+        raise ModelError(
+            f"{path}: expected {expected:,} bytes, there are {actual:,}; the file is "
+            f"{'cut off' if actual < expected else 'damaged'}: copy or download it again"
+        )
+    return tensors
+
+
+def recorded_digests(folder: Path) -> dict[Path, str]:
+    """The SHA-256 that is known of files in ``folder``: from SHA256SUMS, and from the hub's content-named cache."""
+    digests: dict[Path, str] = {}
+    for path in folder.glob("*.safetensors"):
+        blob = path.resolve().name
+        if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+            digests[path] = blob
+    if (folder / DIGESTS).is_file():
+        for line in (folder / DIGESTS).read_text(encoding="utf-8").splitlines():
+            match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/]+)", line)
+            if match and (folder / match[2]).is_file():
+                digests[folder / match[2]] = match[1]
+    return digests
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_config(location: ModelLocation) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    path = location.folder / "config.json"
+    values = _read_json(path, missing="no config.json; is this a model folder?")
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{path}: no `model_type`, so nothing says which architecture this is")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING_NAMES), n=1, cutoff=0.75)
+        hint = f"did you mean `{close[0]}`?" if close else "a newer transformers may know it; model code is never run"
+        raise ModelError(f"{path}: transformers {__version__} does not know model_type `{model_type}`; {hint}")
+    _check_architecture(path, values)
+    if values.get("quantization_config"):
+        raise ModelError(
+            f"{path}: the weights are quantised already; give the unquantised model (adapter.type: qlora quantises it)"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"{path}: {_first_line(error)}") from error
+    return config
+
+
+def _check_architecture(path: Path, values: Mapping[str, Any]) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = values.get("architectures") or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    wrong_class = bool(named) and not causal.intersection(named)
+    no_class = values["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if wrong_class or no_class or values.get("is_encoder_decoder"):
+        what = named[0] if named else values["model_type"]
+        raise ModelError(f"{path}: {what} is not a causal language model (a decoder that predicts the next token)")
+
+
+def _check_files(location: ModelLocation, *, digests: bool = True) -> dict[str, StoredTensor]:
+    folder = location.folder
+    files = weight_files(folder)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} of {len(files)} weight files are missing: {_some(missing)}")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        header = read_header(file)
+        if (folder / INDEX_FILE).is_file():
+            listed = {name for name, shard in _weight_map(folder / INDEX_FILE).items() if shard == file.name}
+            if absent := sorted(listed - header.keys()):
+                raise ModelError(f"{file}: {INDEX_FILE} says it holds {_some(absent)}, and it does not")
+        tensors.update(header)
+    if not tensors:
+        raise ModelError(f"{folder}: the weight files hold no tensor")
+    if (main := _main_dtype(tensors)) not in FLOATING:
+        raise ModelError(f"{folder}: the weights are stored as {main}; give a model in fp32, fp16 or bf16")
+    if digests:
+        _check_digests(folder, files)
+    return tensors
+
+
+def _check_digests(folder: Path, files: Sequence[Path]) -> None:
+    recorded = recorded_digests(folder)
+    known = [file for file in files if file in recorded]
+    with ThreadPoolExecutor() as pool:
+        for file, actual in zip(known, pool.map(sha256, known), strict=True):
+            if actual != recorded[file]:
+                raise ModelError(
+                    f"{file}: SHA-256 is {actual[:12]}…, recorded is {recorded[file][:12]}…: the file changed after it "
+                    "was written; copy or download it again"
+                )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index, missing="missing").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: no `weight_map`; copy or download it again")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or "/" in shard or not shard.endswith(".safetensors"):
+            raise ModelError(f"{index}: `{shard}` is not the name of a safetensors file in this folder")
+    return weight_map
+
+
+def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: {missing}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read: {_first_line(error)}") from error
+    if text.encode().startswith(LFS_POINTER):
+        raise ModelError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise ModelError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)}); restore the file") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: must be a JSON object; restore the file")
+    return values
+
+
+def _stored_tensor(facts: Mapping[str, Any]) -> StoredTensor:
+    start, end = facts["data_offsets"]
+    shape = tuple(int(length) for length in facts["shape"])
+    dtype = str(facts["dtype"])
+    bits = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}.get(dtype)
+    if bits is not None and math.prod(shape) * bits != (end - start) * 8:
+        raise ValueError(dtype)
+    return StoredTensor(dtype, shape, end - start)
+
+
+def _main_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+    size_bytes: dict[str, int] = {}
+    for tensor in tensors.values():
+        size_bytes[tensor.dtype] = size_bytes.get(tensor.dtype, 0) + tensor.size_bytes
+    return max(size_bytes, key=lambda dtype: size_bytes[dtype])
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names in one line, all of them up to eight."""
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

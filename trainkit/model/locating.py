@@ -1,0 +1,110 @@
+"""Where a model lies: shipped with the package, in a local folder, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainkit.errors import MachineError, ModelError
+
+if TYPE_CHECKING:
+    from trainkit.recipe.schema import Model
+
+SHIPPED_MODELS = Path(__file__).resolve().parent.parent / "shipped" / "models"
+SHIPPED_NAMES = ("tiny",)
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """A model that lies on this machine.
+
+    ``name`` is what the recipe says, ``folder`` an absolute path. ``hub_id`` and ``revision`` (a commit) are set for a
+    model of the hub.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    hub_id: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """What plain transformers code loads the model by, from any working folder: hub id or absolute path."""
+        return self.hub_id or str(self.folder)
+
+    @property
+    def public_name(self) -> str:
+        """The name without this machine's paths: for a model card that others read."""
+        return self.hub_id or (self.name if self.name in SHIPPED_NAMES else self.folder.name)
+
+
+def locate_model(model: Model) -> ModelLocation:
+    """The local folder of ``model``; a hub id is downloaded (safetensors, configuration and tokenizer only).
+
+    Raises ModelError where there is no such folder, or where the hub does not give the model.
+    """
+    if model.name in SHIPPED_NAMES:
+        return ModelLocation(model.name, SHIPPED_MODELS / model.name)
+    path = Path(model.name).expanduser()
+    if path.is_dir():
+        return ModelLocation(model.name, path.resolve())
+    if path.exists():
+        raise ModelError(f"model.name: {model.name} is a file; give the folder that holds config.json and the weights")
+    near = _nearest_folder(path)
+    if near is not None or _looks_like_path(model.name):
+        hint = f"; did you mean {near}?" if near else "; give a folder, a hub id (owner/name) or `tiny`"
+        raise ModelError(f"model.name: no such folder: {model.name}{hint}")
+    return _from_hub(model.name, model.revision)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+
+
+def _nearest_folder(path: Path) -> Path | None:
+    parent = path.parent
+    if not parent.is_dir():
+        return None
+    names = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
+    by_lower_case = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(path.name.lower(), by_lower_case, n=1, cutoff=0.75)
+    return parent / by_lower_case[close[0]] if close else None
+
+
+def _from_hub(name: str, revision: str | None) -> ModelLocation:
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    local = "or give model.name a local folder"
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except hub.HFValidationError as error:
+        raise ModelError(f"model.name: {name} is neither a folder here nor a hub id (owner/name)") from error
+    except hub.GatedRepoError as error:
+        raise ModelError(
+            f"model.name: {name} is gated: accept its terms on https://huggingface.co/{name}, then run "
+            f"`hf auth login`, {local}"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model.name: the hub has no model {name}, or it is private (`hf auth login`); check the name, {local}"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"model.revision: {name} has no branch, tag or commit {revision!r}") from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        raise ModelError(
+            f"model.name: {name} is no folder here and cannot be fetched from the hub (offline, or the hub does not "
+            "answer); give a local folder"
+        ) from error
+    except Exception as error:  # what the HTTP library raises has changed with every major version of the hub client
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise MachineError(
+                f"model.name: the disk is full while {name} is fetched; set HF_HOME elsewhere"
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise ModelError(f"model.name: {name} cannot be fetched from the hub ({reason}); try again, {local}") from error
+    return ModelLocation(name, folder, revision=folder.name, hub_id=name)
