@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import sys
 import tempfile
 import time
@@ -272,11 +273,15 @@ def _usage_message(error: Any) -> str:
 def _stdout_is_closed() -> bool:
     """Whether it is stdout whose reader has left; it then swallows whatever is still to be written."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    if not any(flags & (select.POLLERR | select.POLLHUP) for _, flags in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def _bug(error: Exception, session: Session) -> int:

@@ -55,6 +55,9 @@ MAIN_KEYS = {
     "evaluation": "every_steps", "checkpoints": "every_steps",
 }  # fmt: skip
 
+_TRACKERS = {"none": "[]", "all": "[tensorboard, wandb, mlflow]", "wandb": "[wandb]", "mlflow": "[mlflow]",
+             "tensorboard": "[tensorboard]"}  # fmt: skip
+
 NEGATED = {"true": "false", "false": "true"}
 
 
@@ -168,7 +171,7 @@ KEYS: dict[str, Foreign] = {
     "save_every": Foreign("mlx-lm", "checkpoints.every_steps"),
     "save_total_limit": Foreign("TRL", "checkpoints.keep_last"),
     "load_best_model_at_end": Foreign("TRL", "checkpoints.keep_best"),
-    "report_to": Foreign("LLaMA-Factory, TRL", "tracking", {"none": "[]", "all": "[tensorboard, wandb, mlflow]"}),
+    "report_to": Foreign("LLaMA-Factory, TRL", "tracking", _TRACKERS),
     "use_wandb": Foreign("axolotl", "tracking", {"true": "[wandb]", "false": LEAVE_OUT}),
     "metric_logger": Foreign("torchtune", "tracking"),
     "output": Foreign("Soup", "output_dir"),

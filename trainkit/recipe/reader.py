@@ -110,7 +110,7 @@ def _nearest_file(path: Path) -> Path | None:
         names = tuple(entry.name for entry in os.scandir(path.parent) if entry.name.endswith((".yaml", ".yml")))
     except OSError:
         return None
-    for ending in (".yaml", ".yml"):
+    for ending in (".yaml", ".yml") if path.name else ():
         if path.with_suffix(ending).name in names:
             return path.with_suffix(ending)
     meant = nearest(path.name, names)

@@ -42,7 +42,7 @@ class Model:
     """Which model is trained, and how its layers run."""
 
     name: str = key(
-        doc="`tiny` (the model that ships with trainkit), a local folder (relative to where the command runs), or a hub id"
+        doc="`tiny` (the model that ships with trainkit), a folder relative to where the command runs, or a hub id"
     )
     revision: str | None = key(None, "branch, tag or commit of a hub id")
     attention: Literal["auto", "sdpa", "varlen", "flash_attention_2", "flex", "eager"] = key(

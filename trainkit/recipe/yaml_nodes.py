@@ -278,7 +278,7 @@ class _Builder:
     def name(self, event: Any, key: str) -> str:
         if not isinstance(event, yaml.ScalarEvent) or event.tag is not None:
             raise self.fail(event, "a key must be a plain name", key)
-        if event.value == "<<" and event.style is None:
+        if event.value == "<<" and not event.style:
             raise self.fail(event, "merge keys (`<<`) are refused; use `extends:`, or write the keys out", key)
         name: str = event.value
         return name
