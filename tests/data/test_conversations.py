@@ -155,6 +155,11 @@ def test_what_is_not_recognised(record: object, keys: dict[str, Any], text: str)
     assert str(caught.value).startswith("x.jsonl: ")
 
 
+def test_two_columns_of_turns_are_ambiguous_though_one_is_empty() -> None:
+    with pytest.raises(DataError, match="which column is `messages`: messages or conversations"):
+        recognised({"conversations": [{"from": "gpt", "value": "a"}]}, {"messages": []})
+
+
 def test_no_examples_and_csv_header() -> None:
     with pytest.raises(DataError, match=r"x\.jsonl has 0 examples"):
         recognise(Source(path="x.jsonl"), [])

@@ -191,6 +191,11 @@ def test_last_line_cut_off(write: Any, end: str) -> None:
     assert "cut off" not in refusal(write("a.jsonl", GOOD * 2 + end + "\n" + GOOD))
 
 
+def test_last_line_cut_off_inside_a_character(write: Any) -> None:
+    message = refusal(write("a.jsonl", GOOD.encode() + '{"text": "é'.encode()[:-1]))
+    assert message.startswith("a.jsonl:2: byte 0xc3 at offset 26 is not UTF-8; the file seems cut off inside a char")
+
+
 def test_last_line_without_newline_that_is_broken_inside(write: Any) -> None:
     assert refusal(write("a.jsonl", GOOD + '{"text" "one"}')).startswith("a.jsonl:2: broken JSON at column 9")
 
@@ -209,6 +214,7 @@ def test_last_line_without_newline_that_is_broken_inside(write: Any) -> None:
         (b'{"text": "a\0b"}', "NUL byte at offset 27"),
         (b'{"text": "caf\xe9"}', "byte 0xe9 at offset 29 is not UTF-8; if it is latin-1"),
         (b'{"text": "\x93hi\x94"}', "byte 0x93 at offset 26 is not UTF-8; if it is Windows-1252"),
+        (b'{"text": "\xff"}', "is not UTF-8; if it is latin-1"),
         (b"12", "not a number"),
         (b"null", "not null"),
         (b"[" * 200_000, "nested too deeply"),
@@ -333,6 +339,14 @@ def test_missing_file_names_the_nearest(write: Any) -> None:
     write("data/train.jsonl", GOOD)
     assert refusal("data/tran.jsonl").endswith("did you mean data/train.jsonl?")
     assert refusal("date/train.jsonl").endswith("(nor is there a folder date)")
+
+
+def test_path_that_is_no_name(write: Any, tmp_path: Path) -> None:
+    assert refusal("") == "the `path:` of a data source is empty"
+    assert len(refusal("x" * 5000)) < 200
+    assert refusal("a\nb.jsonl").startswith("a\\nb.jsonl: no such file")
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    assert refusal("link.jsonl") == "link.jsonl is a link to nowhere, which is not there"
 
 
 def test_unknown_file_type(write: Any) -> None:

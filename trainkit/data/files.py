@@ -119,7 +119,7 @@ def _decode(data: bytes, name: str, line: int, offset: int) -> str:
         before = data[:at]
         raise DataError(
             f"{name}:{line + before.count(10)}: byte 0x{data[at]:02x} at offset {offset + at:,} is not UTF-8; "
-            f"{_likely_encoding(data, at)}"
+            f"{_likely_encoding(error)}"
         ) from error
     if "\0" in text:
         at = data.index(0)
@@ -129,11 +129,11 @@ def _decode(data: bytes, name: str, line: int, offset: int) -> str:
     return text
 
 
-def _likely_encoding(data: bytes, at: int) -> str:
-    """What to do about the undecodable byte ``data[at]``."""
-    if len(data) - at < 4 and data[at] >= 0xC2:
+def _likely_encoding(error: UnicodeDecodeError) -> str:
+    """What to do about the first byte that cannot be decoded."""
+    if error.reason == "unexpected end of data":
         return "the file seems cut off inside a character; copy it again"
-    if data[at] >= 0xA0:
+    if error.object[error.start] >= 0xA0:
         return "if it is latin-1, convert it: iconv -f latin1 -t UTF-8 IN > OUT"
     return "if it is Windows-1252, convert it: iconv -f cp1252 -t UTF-8 IN > OUT"
 

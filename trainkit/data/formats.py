@@ -161,9 +161,8 @@ def _guess(source: Source, records: list[dict[str, Any]], available: list[str]) 
             and all(_candidates(source, ours, names, available) for ours, names in SHAPES[found].required.items())
         }
         if fits and rank == _RANKS[0]:
-            column = _candidates(source, "messages", SHAPES["messages"].required["messages"], available)
-            column = column or [source.columns["conversations"]]
-            return _format_of_turns(source, [record.get(column[0]) for record in records], fits)
+            column = _column_of_turns(source, available)
+            return _format_of_turns(source, [record.get(column) for record in records], fits)
         if len(fits) > 1:
             raise DataError(
                 f"{source.path}: could be {' or '.join(sorted(fits))} (columns {listed(available)}); say which with "
@@ -196,16 +195,31 @@ def _columns(source: Source, found: Format, available: list[str]) -> dict[str, s
                 f"; name it: `columns: {{{ours}: {nearest(ours, available) or '...'}}}`" + _header_hint(source)
             )
         if len(candidates) > 1 and not (source.format == found and candidates[0] == ours):
-            raise DataError(
-                f"{source.path}: {found}: which column is `{ours}`: {' or '.join(candidates)}? "
-                f"say `columns: {{{ours}: {candidates[0]}}}`"
-            )
+            raise _which(source, found, ours, candidates)
         columns[ours] = candidates[0]
     for ours, names in SHAPES[found].optional.items():
         candidates = _candidates(source, ours, names, available) or [ours]
         if candidates[0] not in columns.values():
             columns[ours] = candidates[0]
     return columns
+
+
+def _column_of_turns(source: Source, available: list[str]) -> str:
+    """The one column that could hold turns, whichever of the two formats they are in."""
+    for ours in ("messages", "conversations"):
+        if ours in source.columns:
+            return source.columns[ours]
+    candidates = _candidates(source, "messages", SHAPES["messages"].required["messages"], available)
+    if len(candidates) > 1:
+        raise _which(source, "messages", "messages", candidates)
+    return candidates[0]
+
+
+def _which(source: Source, found: Format, ours: str, candidates: list[str]) -> DataError:
+    return DataError(
+        f"{source.path}: {found}: which column is `{ours}`: {' or '.join(candidates)}? "
+        f"say `columns: {{{ours}: {candidates[0]}}}`"
+    )
 
 
 def _header_hint(source: Source) -> str:

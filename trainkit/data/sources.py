@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.data.files import KINDS, kind_of, read_file, without_nested_nulls
 from trainkit.data.strict_json import fault_in_strings
-from trainkit.data.wording import listed, nearest
+from trainkit.data.wording import listed, nearest, shown
 from trainkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ def _files(source: Source) -> tuple[_File, ...]:
     """What ``source.path`` means: the shipped data set, a file, the files of a folder, or () for a hub id."""
     if source.path == QUICKSTART:
         return (_shipped_file(source),)
+    if not source.path:
+        raise DataError("the `path:` of a data source is empty")
+    written = shown(source.path, 120)[1:-1]
     path = Path(source.path).expanduser()
     try:
         if path.is_dir():
@@ -73,10 +76,12 @@ def _files(source: Source) -> tuple[_File, ...]:
         if path.exists():
             return (_single_file(source, path),)
     except OSError as error:
-        raise DataError(f"{source.path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{written} cannot be read: {error.strerror}") from error
     if _HUB_ID.fullmatch(source.path) and kind_of(path) is None:
         return ()
-    raise DataError(f"{source.path}: no such file{_nearest(path)}")
+    if path.is_symlink():
+        raise DataError(f"{written} is a link to {path.readlink()}, which is not there")
+    raise DataError(f"{written}: no such file{_nearest(path)}")
 
 
 def _shipped_file(source: Source) -> _File:

@@ -14,6 +14,8 @@ def shown(value: object, limit: int = 40) -> str:
     """A piece of the user's data for a message: JSON on one line, cut to ``limit`` characters, text in quotes."""
     if isinstance(value, str):
         cut = _cut(value, limit)
+        if '"' in cut and "'" not in cut:
+            return repr(cut)  # readable where JSON stands in JSON
         return json.dumps(cut, ensure_ascii=not cut.isprintable())
     try:
         return _cut(json.dumps(value, default=str), limit)
