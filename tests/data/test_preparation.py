@@ -214,6 +214,18 @@ def test_a_changed_recipe_has_another_key_and_tokenises_only_where_it_must(
     assert encoder.calls == (80 if tokenises else 40)
 
 
+def test_every_stage_of_progress_comes_to_its_end(tmp_path: Path) -> None:
+    source = pairs(tmp_path / "a.jsonl", [f"question {n} " for n in range(600)])
+    last: dict[str, tuple[int, int | None]] = {}
+    prepare(
+        recipe(source),
+        cast("Encoder", LetterEncoder()),
+        tmp_path / "cache",
+        lambda *now: last.update({now[0]: now[1:]}),
+    )
+    assert last == {"checking files": (1, 1), f"encoding {source.path}": (600, 600), "packing": (1, 1)}
+
+
 def test_changed_bytes_or_another_encoder_have_another_key(tmp_path: Path) -> None:
     source = pairs(tmp_path / "a.jsonl", ["one ", "two "])
     keys = [run(recipe(source), tmp_path / "cache").key]

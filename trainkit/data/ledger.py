@@ -131,7 +131,7 @@ class Ledger:
         """The ledger as aligned text: the examples, then the two sums, then the sources where there are several."""
         counts = [("examples read", self.examples_read, "")]
         counts += [(f"  dropped: {reason}", -count, "") for reason, count in self.examples_dropped.items()]
-        counts += [("documents in rows", self.documents, f"{self.pieces} pieces in {self.rows} rows")]
+        counts += [("documents in rows", self.documents, f"{self.pieces:,} pieces")]
         counts += [("tokens read", self.read, "")]
         counts += [("  repeated by weight", self.repeated, "")] if self.repeated else []
         counts += [("  truncated", -self.truncated, "")] if self.truncated else []

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from trainkit.recipe.schema import Data, Recipe, Source
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with the name of a stage, what is done of it, and of how much (None: not known)."""
+"""Called with the name of a stage, what is done of it, and of how much (None: not known); done == total ends it."""
 
 LOOKED_AT = 100
 """Examples from which a source's format is recognised."""
@@ -120,11 +120,12 @@ def prepare(recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress
     found = found and _is_sound(rows_folder, "rows", rows_key, warnings)
     if not found:
         documents = Documents.open(documents_folder)
-        on_progress("packing", 0, None)
+        on_progress("packing", 0, 1)
         parts = _plan_parts(recipe, documents)
         prompts = _prompts(recipe, documents, parts.get("evaluation"), sources, number_of_prompts)
         with building(rows_folder, "rows", rows_key) as builder:
             write_rows(builder, parts, prompts, {"sentences": _sentences(recipe, documents, parts)})
+        on_progress("packing", 1, 1)
 
     train = PackedRows.open(rows_folder)
     evaluation = PackedRows.open(rows_folder, "evaluation") if recipe.data.eval is not None else None
@@ -275,6 +276,7 @@ def _encode_source(
                 place=item.example.place,
             )
         on_progress(f"encoding {source.path}", read, None)
+    on_progress(f"encoding {source.path}", read, read)
     gate.check()
     return {"sentence": recognised.sentence, "read": read, "dropped": dropped, "places": places}
 
