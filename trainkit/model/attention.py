@@ -57,9 +57,18 @@ _IMPLEMENTATIONS: dict[Name, str] = {
     "eager": "eager",
 }
 
-# Arguments of a layer that change nothing in the attention of one document; `sliding_window` is compared with the mask.
+# Arguments of a layer that change nothing in the attention of one document; `sliding_window` and
+# `is_causal` are compared with the mask.
 _HARMLESS = frozenset(
-    {"position_ids", "sliding_window", "is_causal", "use_cache", "output_hidden_states", "return_dict"}
+    {
+        "position_ids",
+        "sliding_window",
+        "is_causal",
+        "use_cache",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
 )
 
 # What the variable-length flash kernels take.

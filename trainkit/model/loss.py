@@ -41,6 +41,8 @@ _PLAIN_LOGITS = 2**22
 _CHUNK_TOKENS_CPU = 256
 _CHUNK_TOKENS_GPU = 1024  # a GPU needs a taller matrix to be busy: every chunk reads the whole head once
 
+_TORCH_HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")  # 2.13
+
 # Hidden states are scaled by this power of two when the head is verified, so that a cap on the logits shows even
 # where a freshly made model's logits are tiny.
 _AMPLIFICATION = 16.0
@@ -116,7 +118,7 @@ class LossModel(nn.Module):
         chunk_tokens = _CHUNK_TOKENS_CPU if hidden_ND.device.type == "cpu" else _CHUNK_TOKENS_GPU
         # torch's own chunks compute the gradients in the forward pass, in the type of their input and before the loss
         # scale: in 16 bit that loses digits of the sum and small fp16 gradients. So it serves fp32 alone.
-        if self.precision.compute == torch.float32 and type(head) is nn.Linear and hasattr(F, "linear_cross_entropy"):
+        if self.precision.compute == torch.float32 and type(head) is nn.Linear and _TORCH_HAS_CHUNKS:
             return _fused_cross_entropy_sum(head, hidden_ND, labels_N, chunk_tokens)
         return _chunked_cross_entropy_sum(head, hidden_ND, labels_N, chunk_tokens)
 
