@@ -1,0 +1,300 @@
+"""An adapter folded into its base model, in fp32 on the CPU, and the proof that nothing else changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainkit.errors import ModelError, UsageError
+from trainkit.model.adapters import trained_tensor_names
+from trainkit.model.checking import DIGESTS, check_model, recorded_digests, sha256, stored_dtype
+from trainkit.model.export import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    FP32_TOLERANCE,
+    Difference,
+    check_finite,
+    difference_of,
+    load_plainly,
+    logits_of,
+    write_model,
+)
+from trainkit.model.loading import load_model, quiet_libraries
+from trainkit.model.locating import SHIPPED_MODELS, SHIPPED_NAMES, ModelLocation, locate_model
+from trainkit.model.model_card import merged_card
+from trainkit.model.result_folder import check_free, new_folder
+from trainkit.recipe.schema import Model, Packing
+from trainkit.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+CPU = torch.device("cpu")
+PROBE_ROWS, PROBE_TOKENS = 2, 64
+# Relative to the largest logit. x·W + x·A·B and x·(W + A·B) are the same sums in another order; the layers amplify their
+# rounding to 1e-6, to 6e-5 for OLoRA's large factors. An adapter or a scale left out shows as more than 1e-2.
+MERGE_TOLERANCE = 1e-4
+ROUNDING_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. Differences are between logits, relative to the largest logit.
+
+    ``merge`` compares the merged weights with the adapter on its base, both in fp32; ``rounding`` the merged weights
+    before and after they were rounded to ``dtype`` (zero for fp32).
+    """
+
+    output: Path
+    base_model: str
+    changed_tensors: tuple[str, ...]
+    tensors: int
+    merge: Difference
+    rounding: Difference
+    dtype: str
+    four_bit_base: bool
+
+    def sentences(self) -> tuple[str, ...]:
+        """For people."""
+        merged = (
+            f"adapter merged into {self.base_model} in float32: logits differ by {self.merge.relative:.1e} of the "
+            f"largest (tolerance {MERGE_TOLERANCE:.0e})"
+        )
+        changed = f"{len(self.changed_tensors)} of {self.tensors} tensors changed, exactly those with an adapter"
+        lines = [merged, f"{changed}; all are finite"]
+        if self.dtype != "float32":
+            lines.append(
+                f"rounded to {self.dtype}, the dtype of the base: logits differ by {self.rounding.relative:.1e} of the "
+                f"largest (tolerance {ROUNDING_TOLERANCE:.0e})"
+            )
+        if self.four_bit_base:
+            lines.append(
+                "trained on a 4-bit base, merged into the unquantised one: answers differ from those in training by "
+                "the error of the quantisation"
+            )
+        return tuple(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {
+            "output": str(self.output),
+            "base_model": self.base_model,
+            "tensors": self.tensors,
+            "changed_tensors": list(self.changed_tensors),
+            "logits_difference": self.merge.largest,
+            "logits_difference_relative": self.merge.relative,
+            "tolerance_relative": MERGE_TOLERANCE,
+            "dtype": self.dtype,
+            "rounding_difference_relative": self.rounding.relative,
+        }
+
+
+def merge_adapter(run: Path, output: Path | None = None) -> MergeReport:
+    """Merge the adapter of the run folder ``run`` into its base model and write a plain model to ``output``.
+
+    Raises UsageError when there is nothing to merge or ``output`` exists, ModelError when base or adapter are damaged
+    or when a check fails: nothing is written then.
+    """
+    folder = RunFolder(run)
+    output = run / "merged" if output is None else output
+    _check_run(folder)
+    check_free(output, replace=False)
+    location = _base_of(folder.final)
+    check_model(location, Packing(sequence_length=8))
+    base = load_model(location, None, torch.float32, CPU).model
+    before = _digests(base.state_dict())
+    ids_RT = _probe(base)
+
+    adapted = _attach(base, folder.final)
+    allowed = _with_tied(base.state_dict(), trained_tensor_names(adapted))
+    expected = logits_of(adapted, ids_RT, torch.float32)
+    untrained = _with_tied(base.state_dict(), _tensors_without_update(adapted))
+    merged = _merge(adapted, folder.final)
+    state = merged.state_dict()
+    check_finite(state)
+    after = _digests(state)
+    changed = {name for name, digest in after.items() if before.get(name) != digest}
+    _check_changed(folder.final, changed, allowed, untrained, before.keys() ^ after.keys())
+    unrounded = logits_of(merged, ids_RT, torch.float32)
+    merge = _within(MERGE_TOLERANCE, expected, unrounded, "merged weights")
+
+    dtype = stored_dtype(location)
+    for tensor in state.values():  # not model.to: that would round the rotary frequencies too
+        tensor.copy_(tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    rounding = _within(ROUNDING_TOLERANCE, unrounded, logits_of(merged, ids_RT, torch.float32), f"rounding to {dtype}")
+    report = MergeReport(
+        output=output,
+        base_model=location.public_name,
+        changed_tensors=tuple(sorted(changed)),
+        tensors=len(state),
+        merge=merge,
+        rounding=rounding,
+        dtype=str(dtype).removeprefix("torch."),
+        four_bit_base=_trained_in_four_bit(folder),
+    )
+    _write(merged, folder.final, location, dtype, report, ids_RT)
+    return report
+
+
+def _check_run(folder: RunFolder) -> None:
+    if not folder.root.is_dir():
+        raise UsageError(f"{folder.root}: no such run folder; give the output_dir of a run")
+    if not folder.final.is_dir():
+        raise UsageError(f"{folder.root}: has no final/: the run is not finished; run trainkit fine-tune to its end")
+    if not (folder.final / ADAPTER_CONFIG).is_file():
+        raise UsageError(f"{folder.final}: is a full model, there is no adapter to merge: use it as it is")
+    for path, recorded in recorded_digests(folder.final).items():
+        if sha256(path) != recorded and path.name in {ADAPTER_FILE, ADAPTER_CONFIG}:
+            raise ModelError(f"{path}: changed after it was written (SHA-256); restore it")
+
+
+def _base_of(final: Path) -> ModelLocation:
+    from pathlib import Path
+
+    try:
+        config = json.loads((final / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        name, revision = config["base_model_name_or_path"], config.get("revision")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{final / ADAPTER_CONFIG}: cannot be read; restore it") from error
+    path = Path(name)
+    if (
+        path.is_absolute()
+        and not path.is_dir()
+        and path.name in SHIPPED_NAMES
+        and path.parent.name == SHIPPED_MODELS.name
+    ):
+        return locate_model(Model(name=path.name))  # the package moved since; the model in it is the same
+    return locate_model(Model(name=name, revision=revision))
+
+
+def _attach(base: PreTrainedModel, final: Path) -> PeftModel:
+    from peft import PeftModel
+
+    with quiet_libraries():
+        try:
+            return PeftModel.from_pretrained(base, str(final)).eval()
+        except Exception as error:  # safetensors, peft and torch each raise their own
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise ModelError(f"{final}: the adapter cannot be loaded: {first}") from error
+
+
+def _merge(adapted: PeftModel, final: Path) -> PreTrainedModel:
+    with quiet_libraries():
+        try:
+            merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"{final}: cannot be merged: {str(error).splitlines()[0][:160]}") from error
+    return merged
+
+
+def _check_changed(final: Path, changed: set[str], allowed: set[str], untrained: set[str], odd_names: set[str]) -> None:
+    """Exactly the tensors with an adapter may have changed, and all whose adapter holds an update must have."""
+    if odd_names:
+        raise ModelError(f"{final}: merging renamed tensors ({min(odd_names)}); nothing was written, report this")
+    if stray := changed - allowed:
+        raise ModelError(
+            f"{final}: merging changed {min(stray)}, which has no adapter; nothing was written, report this"
+        )
+    if still := allowed - untrained - changed:
+        raise ModelError(f"{final}: merging left {min(still)} as it was, despite its adapter; nothing was written")
+
+
+def _tensors_without_update(adapted: PeftModel) -> frozenset[str]:
+    """Base tensors whose adapter adds nothing (its second factor is zero), or whose trained copy equals them."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    names = set()
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            factors = [*module.lora_B.values(), *module.lora_embedding_B.values()]
+            weights = [getattr(factor, "weight", factor) for factor in factors]
+            if not any(bool(weight.count_nonzero()) for weight in weights):
+                names.add(f"{name}.weight")
+        elif isinstance(module, ModulesToSaveWrapper):
+            trained = dict(module.modules_to_save["default"].named_parameters())
+            for key, original in module.original_module.named_parameters():
+                if torch.equal(trained[key], original):
+                    names.add(f"{name}.{key}")
+    return frozenset(names)
+
+
+def _with_tied(state: Mapping[str, torch.Tensor], names: frozenset[str]) -> set[str]:
+    """``names`` and those that share memory with them: a tied output head changes with its embedding."""
+    # peft wraps modules, so a name in the wrapped state carries its wrapper's parts
+    plain = {name.replace(".base_layer.", ".").replace(".original_module.", "."): t for name, t in state.items()}
+    pointers = {plain[name].data_ptr() for name in names if name in plain}
+    return set(names) | {
+        name for name, tensor in plain.items() if tensor.data_ptr() in pointers and "lora_" not in name
+    }
+
+
+def _digests(state: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    """A digest of each tensor's bytes: a copy of a large model would not fit beside it."""
+    return {
+        name: hashlib.blake2b(tensor.detach().contiguous().view(torch.uint8).numpy().data, digest_size=16).digest()
+        for name, tensor in state.items()
+        if tensor.ndim
+    }
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    """Random token ids (R, T), always the same."""
+    config = model.config.get_text_config()
+    tokens = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
+    return torch.randint(config.vocab_size, (PROBE_ROWS, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _within(tolerance: float, expected: torch.Tensor, actual: torch.Tensor, what: str) -> Difference:
+    difference = difference_of(expected, actual)
+    if not difference.relative <= tolerance:
+        raise ModelError(
+            f"export --merge: {what}: logits differ by {difference.relative:.1e} of the largest, tolerance "
+            f"{tolerance:.0e}; nothing was written, keep using the adapter"
+        )
+    return difference
+
+
+def _trained_in_four_bit(folder: RunFolder) -> bool:
+    import yaml
+
+    if not folder.recipe.is_file():
+        return False
+    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    adapter = recipe.get("adapter") if isinstance(recipe, dict) else None
+    return isinstance(adapter, dict) and adapter.get("type") == "qlora"
+
+
+def _write(
+    merged: PreTrainedModel,
+    final: Path,
+    location: ModelLocation,
+    dtype: torch.dtype,
+    report: MergeReport,
+    ids_RT: torch.Tensor,
+) -> None:
+    """Write the model with the tokenizer and the card of the adapter, load it anew, and only then give it its name."""
+    expected = logits_of(merged, ids_RT, torch.float32)
+    with new_folder(report.output, replace=False) as staging:
+        with quiet_libraries():
+            write_model(merged, staging, dtype, location)
+        for path in sorted(final.iterdir()):
+            if path.is_file() and path.name not in {ADAPTER_CONFIG, ADAPTER_FILE, DIGESTS, "README.md"}:
+                shutil.copyfile(path, staging / path.name)
+        readme = final / "README.md"
+        card = readme.read_text(encoding="utf-8") if readme.is_file() else f"# Merged from {final}\n"
+        chat = (final / "chat_template.jinja").is_file()
+        (staging / "README.md").write_text(
+            merged_card(card, report.base_model, report.sentences(), chat=chat), encoding="utf-8"
+        )
+        anew = load_plainly(staging, torch.float32, CPU)
+        _within(FP32_TOLERANCE, expected, logits_of(anew, ids_RT, torch.float32), "the written model")
