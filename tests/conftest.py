@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 import yaml
 
@@ -21,6 +22,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The hub must never be reached from a test, and a tokenizer's own thread pool must not fight with forked processes.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+# How long an example takes says something about the machine, not about the code.
+hypothesis.settings.register_profile("trainkit", deadline=None)
+hypothesis.settings.load_profile("trainkit")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -172,6 +177,7 @@ def fine_tune(
     """`fine_tune(changes, name="run")` runs `small_recipe` with changes through the command line, to the end."""
     from trainkit.cli import run
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
     def command(changes: dict[str, Any] | None = None, *, name: str = "run", fresh: bool = False) -> FinishedRun:

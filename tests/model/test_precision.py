@@ -41,7 +41,7 @@ def test_trained_weights_stay_in_fp32_and_frozen_ones_follow_the_arithmetic(
 
 def test_the_sentence_names_every_type() -> None:
     assert plan_precision("fp32", CPU).sentence() == (
-        "precision fp32 (as the recipe says): compute fp32; trained weights fp32, frozen weights fp32; gradients fp32; "
+        "fp32 (as the recipe says): compute fp32; trained weights fp32, frozen weights fp32; gradients fp32; "
         "optimizer fp32"
     )
     assert plan_precision("fp16", CPU).sentence().endswith("optimizer fp32, loss scaled dynamically")
@@ -72,7 +72,7 @@ def test_what_a_gpu_lacks_is_refused_with_the_alternative(gpu: Callable[[int, in
         plan_precision("bf16", gpu(7, 5))
     with pytest.raises(MachineError, match="set precision: fp32"):
         plan_precision("fp16", gpu(5, 0))
-    assert plan_precision("bf16", gpu(9, 0)).sentence().startswith("precision bf16 (as the recipe says)")
+    assert plan_precision("bf16", gpu(9, 0)).sentence().startswith("bf16 (as the recipe says)")
 
 
 def test_other_devices_get_fp32() -> None:

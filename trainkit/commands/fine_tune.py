@@ -306,6 +306,7 @@ class Run:
             recipe_yaml=self.folder.recipe.read_text(),
             ledger_lines=ledger.lines(),
             metrics=asdict(counters),
+            chat_template=self.encoder.chat_template,
         )
         row = trainer.rows.row(0)
         sentences += verify_result(self.folder.final, trainer.model, row.ids_T[: int(row.segment_lengths[0])])

@@ -121,7 +121,7 @@ def choose_attention(requested: Requested, device: torch.device, config: Pretrai
         name, reason = "eager", only_eager
     else:
         name, reason = _fastest(device, text)
-    return AttentionChoice(name, _IMPLEMENTATIONS[name], f"attention {name}: {reason}")
+    return AttentionChoice(name, _IMPLEMENTATIONS[name], f"{name}: {reason}")
 
 
 def install_attention(model: PreTrainedModel | PeftModel, choice: AttentionChoice) -> None:

@@ -153,7 +153,7 @@ def verify_head(model: PreTrainedModel | PeftModel, precision: PrecisionPlan) ->
         raise ModelError(f"{type(base).__name__} takes no position_ids, which packing needs; use another model")
     head = base.get_output_embeddings()
     if head is None:
-        return HeadPath(apart=False, sentence="loss: on the model's own logits (it shows no output head)")
+        return HeadPath(apart=False, sentence="on the model's own logits (it shows no output head)")
     device = head.weight.device
     ids_RT = torch.arange(8, device=device)[None] % base.config.get_text_config().vocab_size
     seen: list[torch.Tensor] = []
@@ -177,11 +177,11 @@ def verify_head(model: PreTrainedModel | PeftModel, precision: PrecisionPlan) ->
     apart = len(seen) == 2 and _agree(seen[0], hidden, tolerance=1e-3) and _agree(seen[1], logits, tolerance=0.0)
     if apart:
         return HeadPath(
-            apart=True, sentence="loss: output head on trained tokens only, in chunks where logits are large"
+            apart=True, sentence="output head on trained tokens only, in chunks where logits are large"
         )
     changes = "the model does more than apply its output head"
     return HeadPath(
-        apart=False, sentence=f"loss: on the model's own logits, since {changes}; more memory at a large vocabulary"
+        apart=False, sentence=f"on the model's own logits, since {changes}; more memory at a large vocabulary"
     )
 
 
@@ -253,4 +253,4 @@ def _router_sentence(base: Any) -> tuple[str, ...]:
         if asked
         else "as in transformers"
     )
-    return (f"loss: the router's balancing loss is not added, {why}",)
+    return (f"the router's balancing loss is not added, {why}",)

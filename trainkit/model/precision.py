@@ -50,7 +50,7 @@ class PrecisionPlan:
         """One line for the run's opening: every type and the reason."""
         scaling = ", loss scaled dynamically" if self.scales_loss else ""
         return (
-            f"precision {self.name} ({self.reason}): compute {_NAMES[self.compute]}; trained weights "
+            f"{self.name} ({self.reason}): compute {_NAMES[self.compute]}; trained weights "
             f"{_NAMES[self.trained_storage]}, frozen weights {_NAMES[self.frozen_storage]}; gradients "
             f"{_NAMES[self.gradient]}; optimizer {_NAMES[self.optimizer]}{scaling}"
         )

@@ -76,12 +76,7 @@ def assemble(
     )
     model, adapter_sentences = attach_adapter(loaded.model, recipe.adapter, seed)
     loss_model = LossModel(model, attention, precision)
-    proof = prove_isolation(
-        loss_model,
-        isolate_documents=recipe.packing.isolate_documents,
-        vocabulary_size=base.config.get_text_config().vocab_size,
-        sequence_length=recipe.packing.sequence_length,
-    )
+    isolation = _isolation(recipe, base, loss_model)
     plan = make_plan(
         recipe.training,
         rows=len(rows),
@@ -107,7 +102,20 @@ def assemble(
     facts = [("model", sentence) for sentence in (*loaded.sentences, *adapter_sentences)]
     facts += [("attention", attention.reason), ("precision", precision.sentence())]
     facts += [("loss", sentence) for sentence in loss_model.sentences]
-    return trainer, [*facts, ("isolation", proof.sentence), ("plan", plan.sentence())]
+    return trainer, [*facts, ("isolation", isolation), ("plan", plan.sentence())]
+
+
+def _isolation(recipe: Recipe, base: Base, loss_model: LossModel) -> str:
+    """Prove that documents do not see each other, or say why nothing is to be proved."""
+    if recipe.packing.strategy == "none":
+        return "each document has a row of its own (packing.strategy: none)"
+    proof = prove_isolation(
+        loss_model,
+        isolate_documents=recipe.packing.isolate_documents,
+        vocabulary_size=base.config.get_text_config().vocab_size,
+        sequence_length=recipe.packing.sequence_length,
+    )
+    return proof.sentence
 
 
 def base_fingerprint(location: ModelLocation) -> str:

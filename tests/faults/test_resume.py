@@ -1,0 +1,117 @@
+"""A run that is stopped, by whatever means, continues to the same bits. Real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def recipe(small_recipe: dict[str, Any]) -> dict[str, Any]:
+    """What makes resuming hard: dropout, packing, accumulation, the middle of an epoch, evaluations in between."""
+    small_recipe["adapter"]["dropout"] = 0.1
+    small_recipe["training"] |= {"steps": 12, "tokens_per_step": 512, "micro_batch_size": 3}
+    small_recipe["evaluation"] = {"every_steps": 4, "samples": 1, "max_new_tokens": 2}
+    return small_recipe
+
+
+def start(recipe: dict[str, Any], tmp_path: Path, name: str) -> subprocess.Popen[str]:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "output_dir": str(tmp_path / name)}))
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainkit", "fine-tune", str(path)],
+        env={**os.environ, **ENVIRONMENT, "TRAINKIT_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output + errors
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock put there."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    assert metrics(left) == metrics(right)
+    assert (left / "samples.jsonl").read_text() == (right / "samples.jsonl").read_text()
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(folder / "checkpoints" / "step-000012" / name) for folder in (left, right))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    file, deadline = folder / "metrics.jsonl", time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and f'"step": {step},' in file.read_text():
+            return
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def uninterrupted(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    code, said = finish(start(recipe, tmp_path, "uninterrupted"))
+    assert code == 0, said
+    return tmp_path / "uninterrupted"
+
+
+def test_killed_three_times_and_stopped_once_it_ends_in_the_same_bits(
+    recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path
+) -> None:
+    for step in (1, 3, 7):  # before the first checkpoint, right after one, in the middle of an epoch
+        process = start(recipe, tmp_path, "killed")
+        wait_for_step(tmp_path / "killed", step, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+    process = start(recipe, tmp_path, "killed")
+    wait_for_step(tmp_path / "killed", 9, process)
+    process.send_signal(signal.SIGTERM)
+    code, said = finish(process)
+    assert code == 75, said
+    assert "SIGTERM after step" in said
+    assert "to continue: trainkit fine-tune" in said
+    code, said = finish(start(recipe, tmp_path, "killed"))
+    assert code == 0, said
+    assert "continues after step" in said
+    assert_same_run(uninterrupted, tmp_path / "killed")
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path) -> None:
+    process = start(recipe, tmp_path, "stopped")
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    assert len(said.strip().splitlines()[-1]) < 400
+    code, said = finish(start(recipe, tmp_path, "stopped"))
+    assert code == 0, said
+    assert_same_run(uninterrupted, tmp_path / "stopped")
+
+
+def test_a_finished_run_is_left_alone(recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()}
+    code, said = finish(start(recipe, tmp_path, "uninterrupted"))
+    assert code == 0
+    assert "already finished" in said
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()} == before
