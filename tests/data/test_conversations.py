@@ -325,12 +325,16 @@ def test_example_unlike_the_first(record: object, text: str) -> None:
         (said(("user", "q")), "no assistant turn"),
         (said(("user", "q"), ("assistant", "")), "empty completion"),
         ([{"role": "assistant", "content": "", "id": "7"}], "empty completion"),
-        ([*said(("user", "q")), {"role": "assistant", "content": "a", "weight": 0}], "no trained turn"),
     ],
 )
 def test_conversation_with_nothing_to_train_is_dropped(turns: object, reason: str) -> None:
     seen = recognised({"messages": ASKED})
     assert parse(Example("x", {"messages": turns}), seen) == Dropped(reason)
+
+
+def test_conversation_without_trained_turn_is_kept_for_its_mask_to_be_judged() -> None:
+    turns = [*said(("user", "q")), {"role": "assistant", "content": "a", "weight": 0}]
+    assert [message.trained for message in messages(turns)] == [None, False]
 
 
 def test_conversation_may_end_in_a_question_and_start_with_an_answer() -> None:

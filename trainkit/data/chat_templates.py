@@ -10,7 +10,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainkit.errors import ModelError, UsageError
 
@@ -176,14 +176,15 @@ def _compile(text: str, watch: _Watch) -> jinja2.Template:
     """``text`` compiled in the sandbox of transformers, with ``watch`` put into its loops and calls.
 
     A loop is watched through a filter around what it iterates over, a call through the hook that the sandbox has for
-    every call, and ``*`` and ``**`` through its hook for operators. The overlay leaves transformers' own cached
-    environment as it is.
+    every call, and ``*`` and ``**`` through its hook for operators. An attribute that the sandbox hides raises instead
+    of being empty text. The overlay leaves transformers' own cached environment as it is.
     """
     import jinja2
     from jinja2 import nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    sandbox: Any = _compile_jinja_template(text).environment.overlay()
+    # Of an empty text: compiling the template there would compute its constant products before they are watched.
+    sandbox: Any = _compile_jinja_template("").environment.overlay()
     plain_call = sandbox.call
 
     def call(context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -191,6 +192,7 @@ def _compile(text: str, watch: _Watch) -> jinja2.Template:
         return plain_call(context, function, *args, **kwargs)
 
     sandbox.call = call
+    sandbox.unsafe_undefined = _out_of_bounds
     sandbox.intercepted_binops = frozenset({"*", "**"})
     sandbox.call_binop = partial(_bounded, sandbox.binop_table)
     sandbox.filters = {**sandbox.filters, "trainkit_watched": watch.turns}
@@ -199,6 +201,10 @@ def _compile(text: str, watch: _Watch) -> jinja2.Template:
         loop.iter = nodes.Filter(loop.iter, "trainkit_watched", [], [], None, None, lineno=loop.lineno)
     code = sandbox.compile(tree, "chat template", "chat template")
     return jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
+
+
+def _out_of_bounds(_: Any, attribute: str) -> NoReturn:
+    raise TemplateProblem(f"it reaches for `{attribute}`, which the sandbox does not give to a template")
 
 
 def _bounded(table: Mapping[str, Callable[[Any, Any], Any]], _: Any, operator: str, left: Any, right: Any) -> Any:

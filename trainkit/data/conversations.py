@@ -115,8 +115,9 @@ class Dropped:
 
 
 def parse(example: Example, recognised: Recognised) -> ParsedExample | Dropped:
-    """What the example says, or that it is dropped: empty text, empty completion, no assistant turn, no trained turn.
+    """What the example says, or that it is dropped: empty text, empty completion, no assistant turn.
 
+    A conversation in which no turn is trained is kept: whether that leaves nothing is for its mask to say.
     Raises DataError, naming the example's place, for a record that is not what the first examples were: another kind,
     a missing column, a wrong type, an unknown role, content that is no text.
     """
@@ -238,8 +239,6 @@ def _conversation(messages: list[Message], tools: tuple[Mapping[str, Any], ...] 
         return Dropped("no assistant turn")
     if not any(message.content or _SAID.intersection(message.extras) for message in answers):
         return Dropped("empty completion")
-    if all(message.trained is False for message in answers) and not any(message.trained for message in messages):
-        return Dropped("no trained turn")
     return Conversation(tuple(messages), tools)
 
 

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import pytest
+
+from trainkit.data.conversations import Conversation, Message, PlainText
+from trainkit.data.encoding import Encoder
+from trainkit.data.mask_gate import MaskGate
+from trainkit.errors import DataError
+from trainkit.recipe.schema import Data, Packing, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainkit.data.conversations import ParsedExample
+
+ANSWERED = Conversation((Message("user", "is it 👩?"), Message("assistant", "the end")))
+MASKED = Conversation((Message("user", "is it 👩?"), Message("assistant", "the end", trained=False)))
+NO_END = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+
+
+def gate_after(tokenizer: PreTrainedTokenizerBase, *examples: ParsedExample, separator: str = "eos") -> MaskGate:
+    encoder = Encoder(tokenizer, Data(train=(Source(path="x"),)), Packing(separator=separator))
+    gate = MaskGate(tokenizer)
+    for number, example in enumerate(examples, 1):
+        gate.observe(encoder.encode(example, f"t:{number}"), f"t:{number}")
+    return gate
+
+
+def test_nothing_trained_is_refused_with_an_example_token_by_token(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="0 of 34 tokens in 2 examples are trained") as caught:
+        gate_after(tiny_tokenizer, MASKED, MASKED).check()
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("t:1: ")
+    assert len(lines[0]) <= 200
+    assert "'<|assistant|>'" in str(caught.value)
+    assert not [line for line in lines[2:] if line.startswith("  *")]
+
+
+def test_one_trained_example_is_enough(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    gate_after(tiny_tokenizer, MASKED, ANSWERED).check()
+    gate_after(tiny_tokenizer, PlainText("the fox")).check()
+    gate_after(tiny_tokenizer).check()
+
+
+def test_turns_whose_end_is_never_trained_are_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.copy(tiny_tokenizer)
+    tokenizer.chat_template = NO_END
+    with pytest.raises(DataError, match="the end of 1 trained turns is not trained") as caught:
+        gate_after(tokenizer, ANSWERED, separator="none").check()
+    assert "  *" in str(caught.value)
+    gate_after(tokenizer, ANSWERED, separator="eos").check()  # the separator ends the turn
