@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
@@ -379,7 +380,20 @@ def test_shown_tokens_are_the_text_and_cut_no_character(tiny_tokenizer: PreTrain
     assert show_tokens(emoji, tiny_tokenizer, 0) == []
 
 
-# --- real tokenizers -------------------------------------------------------------------------------------------------
+def test_an_end_token_that_swallows_the_line_end_is_no_loss(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([AddedToken("<|eot|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.chat_template = tiny_tokenizer.chat_template.replace("<|end|>", "<|eot|>")
+    encoded = encoder_of(tokenizer).encode(CHAT, PLACE)
+    assert [text[-20:] for text in trained_text(encoded, tokenizer)] == [
+        "it is the fox.<|eot|>"[-20:],
+        "the end<|eot|><|end|>"[-20:],
+    ]
+
+
+# --- real tokenizers and templates -----------------------------------------------------------------------------------
 
 
 def test_a_sentencepiece_like_tokenizer(material: Path) -> None:
@@ -406,6 +420,43 @@ def test_real_templates_with_a_real_tokenizer(qwen2: PreTrainedTokenizerBase, ma
     assert encoded.ids.tolist()[: -encoded.separator_tokens or None] == tokenizer.apply_chat_template(chat)["input_ids"]
     said = [text.removesuffix("<|im_end|>").removesuffix(end) for text in trained_text(encoded, tokenizer)]
     assert said == ["Привет 👩‍🚀, it is the fox.", "the end"]
+
+
+TURN_TOKEN = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<｜[^｜]+｜>")
+ENDS = {"qwen3": "<|im_end|>", "Qwen-Qwen2.5-7B-Instruct": "<|im_end|>", "phi3": "<|end|>"}
+ENDS |= {
+    "gemma3": "<end_of_turn>",
+    "google-gemma-2-2b-it": "<end_of_turn>",
+    "microsoft-Phi-3.5-mini-instruct": "<|end|>",
+}
+ENDS |= {"deepseek-ai-DeepSeek-R1-Distill-Llama-8B": "<｜end▁of▁sentence｜>"}
+ENDS |= {"meta-llama-Llama-3.1-8B-Instruct": "<|eot_id|>", "mistralai-Mistral-Nemo-Instruct-2407": "</s>"}
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_tokenizer: PreTrainedTokenizerBase, material: Path) -> dict[str, Encoder]:
+    """One for each real template, its turn tokens added to the small tokenizer."""
+    found = {}
+    for name, end in ENDS.items():
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = (material / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        turn_tokens = sorted({*TURN_TOKEN.findall(tokenizer.chat_template), "</s>"})
+        tokenizer.add_special_tokens({"additional_special_tokens": turn_tokens, "bos_token": "<s>", "eos_token": end})
+        found[name] = encoder_of(tokenizer)
+    return found
+
+
+@given(pairs=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), name=st.sampled_from(sorted(ENDS)))
+@settings(max_examples=150, deadline=None)
+def test_any_answers_come_back_through_every_real_template(
+    encoders: dict[str, Encoder], pairs: list[tuple[str, str]], name: str
+) -> None:
+    messages = [one for asked, said in pairs for one in (Message("user", asked), Message("assistant", said))]
+    encoder = encoders[name]
+    encoded = encoder.encode(Conversation(tuple(messages)), PLACE)
+    runs = trained_text(encoded, encoder.tokenizer)
+    assert [run.removesuffix(ENDS[name]).strip() for run in runs] == [said.strip() for _, said in pairs]
+    assert all(run.endswith(ENDS[name]) for run in runs)
 
 
 @pytest.fixture(scope="module")
