@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 PROBE_ROWS, PROBE_TOKENS = 2, 64
-# Relative to the largest logit. x·W + x·A·B and x·(W + A·B) are the same sums in another order; the layers amplify their
-# rounding to 1e-6, to 6e-5 for OLoRA's large factors. An adapter or a scale left out shows as more than 1e-2.
+# Relative to the largest logit. x·W + x·A·B and x·(W + A·B) are the same sums in another order; the layers amplify the
+# difference to 1e-6, to 6e-5 for OLoRA's large factors. An adapter or a scale left out shows as more than 1e-2.
 MERGE_TOLERANCE = 1e-4
 ROUNDING_TOLERANCE = 2e-2
 
