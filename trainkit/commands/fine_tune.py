@@ -61,7 +61,7 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
     folder = check_output(recipe.output_dir)
     check_extras(recipe)
     check_trackers(recipe.tracking)
-    accelerator = Accelerator()  # places, wraps and reduces; precision and accumulation are ours
+    accelerator = Accelerator(mixed_precision="no")  # places, wraps and reduces; precision and accumulation are ours
     precision = plan_precision(recipe.precision, accelerator.device)
     base = read_base(recipe)
     encoder = Encoder(base.tokenizer, recipe.data, recipe.packing)
@@ -236,6 +236,9 @@ class Run:
         count = max(wanted.samples, wanted.exact_match) if compare else wanted.samples
         chosen = self.data.prompts[:count]
         prompts = [(place, prompt) for place, parsed in chosen if (prompt := self.encoder.prompt(parsed, place))]
+        room = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if room is not None:  # a model with learned positions has none beyond
+            prompts = [(place, prompt) for place, prompt in prompts if len(prompt.ids) + wanted.max_new_tokens <= room]
         return answer_prompts(
             self.trainer,
             self.base.tokenizer,
@@ -246,8 +249,11 @@ class Run:
         )
 
     def _save_if_due(self) -> None:
-        counters, every = self.trainer.counters, self.read.recipe.checkpoints.every_steps
-        if counters.step == self.trainer.plan.steps or (every is not None and counters.step % every == 0):
+        """Save at intervals, after the last step, and where the evaluation loss is the lowest so far."""
+        counters, wanted = self.trainer.counters, self.read.recipe.checkpoints
+        at_interval = wanted.every_steps is not None and counters.step % wanted.every_steps == 0
+        is_best = wanted.keep_best and counters.best_step == counters.step
+        if at_interval or is_best or counters.step == self.trainer.plan.steps:
             self._save()
 
     def _save(self) -> Path:
@@ -275,7 +281,7 @@ class Run:
         counters = self.trainer.counters
         raise Stopped(
             f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in {saved}; "
-            f"to continue: trainkit fine-tune {self.read.path}",
+            f"to continue: trainkit fine-tune {self.folder.recipe}",
             by_keyboard=signal is Signals.SIGINT,
         )
 

@@ -189,7 +189,10 @@ class Evaluation:
     )
     samples: int = key(4, "held-out prompts that are answered and shown", at_least=0)
     exact_match: int = key(
-        0, "held-out prompts that are answered greedily and compared with the reference, letter by letter", at_least=0
+        0,
+        "held-out prompts that are answered greedily, before the first step and after the last, and compared with the "
+        "reference letter by letter",
+        at_least=0,
     )
     max_new_tokens: int = key(64, "length of a generated answer", unit="tokens", at_least=1)
 
@@ -200,7 +203,7 @@ class Checkpoints:
 
     every_steps: int | None = key(200, "interval; null: only when a signal stops the run", unit="steps", at_least=1)
     keep_last: int = key(2, "newest checkpoints that stay", at_least=1)
-    keep_best: bool = key(True, "the checkpoint with the lowest evaluation loss stays too")
+    keep_best: bool = key(True, "the checkpoint with the lowest evaluation loss is saved and stays too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.data.batches import make_batch
+from trainkit.model.loading import quiet_libraries
 from trainkit.model.precision import autocast
 from trainkit.training.step import StopRequested, batch_on
 
@@ -120,7 +121,7 @@ def _generate(
         ids[row, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids, dtype=torch.int64)
         mask[row, longest - len(prompt.ids) :] = 1
     device = trainer.accelerator.device
-    with autocast(trainer.precision, device):
+    with autocast(trainer.precision, device), quiet_libraries():
         generated = trainer.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
