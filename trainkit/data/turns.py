@@ -102,7 +102,7 @@ def _place_of(template: ChatTemplate, conversation: Conversation, index: int, re
 def _compare(
     template: ChatTemplate, conversation: Conversation, index: int, rendering: str, twin: Message, marker: str
 ) -> tuple[int, int] | None:
-    """The part of ``rendering`` that that is the marker in the twin's; None where the two differ elsewhere."""
+    """The part of ``rendering`` that stands where the twin has the marker; None where the two differ elsewhere."""
     messages = (*conversation.messages[:index], twin, *conversation.messages[index + 1 :])
     try:
         other = template.render(messages, conversation.tools)
