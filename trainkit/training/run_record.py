@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from trainkit.errors import CheckpointError, MachineError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
@@ -44,16 +45,21 @@ class RunRecord:
 def check_output(output_dir: str) -> RunFolder:
     """The run folder for ``output_dir``, after making sure that it can be one. Writes nothing.
 
-    Raises MachineError when it is a file, UsageError when it holds files that trainkit did not make.
+    Raises MachineError when it is a file or cannot be written, UsageError when it holds files that trainkit did not
+    make.
     """
     root = Path(output_dir).expanduser().absolute()
     folder = RunFolder(root)
-    if root.exists() and not root.is_dir():
-        raise MachineError(f"output_dir: {output_dir} is a file; name a new folder")
     try:
+        there = next(path for path in (root, *root.parents) if path.exists())
+        if not there.is_dir():
+            which = "is a file" if there == root else f"cannot be made: {there} is a file"
+            raise MachineError(f"output_dir: {output_dir} {which}; name a new folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise MachineError(f"output_dir: {output_dir} cannot be written: no permission in {there}")
         taken = root.is_dir() and any(path.name != folder.lock.name for path in root.iterdir())
     except OSError as error:
-        raise MachineError(f"output_dir: {output_dir} cannot be read: {error.strerror}") from error
+        raise MachineError(f"output_dir: {output_dir} cannot be used: {error.strerror}") from error
     if taken and not folder.marker.is_file():
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
     return folder
@@ -61,7 +67,11 @@ def check_output(output_dir: str) -> RunFolder:
 
 @contextmanager
 def locked(folder: RunFolder) -> Iterator[None]:
-    """Create the folder if need be and hold its lock. Raises UsageError when another process holds it."""
+    """Create the folder if need be and hold its lock; a folder that nothing was put into is removed again.
+
+    Raises UsageError when another process holds the lock, MachineError when the folder cannot be written.
+    """
+    made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
         file = folder.lock.open("a")
@@ -71,10 +81,37 @@ def locked(folder: RunFolder) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(
-                f"output_dir: another trainkit process is running in {folder.root}; wait for it, or name a new folder"
-            ) from error
-        yield
+            raise _in_use(folder) from error
+        if not _is_file_at(file, folder.lock):
+            raise _in_use(folder)  # another process has just removed or renamed the folder
+        try:
+            yield
+        finally:
+            _remove_if_unused(folder, file, made)
+
+
+def _in_use(folder: RunFolder) -> UsageError:
+    return UsageError(
+        f"output_dir: another trainkit process is running in {folder.root}; wait for it, or name a new folder"
+    )
+
+
+def _is_file_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_unused(folder: RunFolder, lock: IO[str], made: list[Path]) -> None:
+    """Take away the lock, and the folders that were made for it, where a refusal left nothing else in them."""
+    if not made or not _is_file_at(lock, folder.lock) or list(folder.root.iterdir()) != [folder.lock]:
+        return
+    folder.lock.unlink()
+    with suppress(OSError):  # another process has put something there
+        for path in made:
+            path.rmdir()
 
 
 def read_record(folder: RunFolder) -> RunRecord | None:
