@@ -25,7 +25,7 @@ from trainkit.run_folder import RunFolder, write_json
 from trainkit.training.assembly import Base, assemble, base_fingerprint, read_base
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, retire_checkpoints, save_checkpoint
 from trainkit.training.environment import describe_environment
-from trainkit.training.evaluation import Answer, answer_prompts, evaluate_loss, stop_ids
+from trainkit.training.evaluation import Answer, answer_prompts, check_last_update, evaluate_loss, stop_ids
 from trainkit.training.interruption import Interruption
 from trainkit.training.loop import Trainer, json_numbers, rehearse, train
 from trainkit.training.metrics import MetricsLog, Trackers, check_trackers, open_trackers, read_metrics
@@ -69,11 +69,10 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
     _show_facts(console, [*base.facts, *(("data", sentence) for sentence in data.sentences)])
     console.show("\n".join(data.train.ledger.lines()))
 
-    if fresh and folder.marker.exists():
-        with locked(folder):
-            _show_facts(console, [("run", f"the earlier one was put aside: {put_aside(folder)}")])
-    with locked(folder), Interruption() as interruption:
-        record = _record_to_continue(folder, recipe, base, data)
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder))
+        interruption = stack.enter_context(Interruption())
+        record = None if fresh else _record_to_continue(folder, recipe, base, data)
         if record is not None and record.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
             return dict(json.loads(folder.summary.read_bytes()))
@@ -81,6 +80,9 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
         micro_batch_size = fitted.micro_batch_size if record is None else record.micro_batch_size
         trainer, facts = assemble(recipe, base, data.train, precision, micro_batch_size, accelerator)
         _show_facts(console, facts)
+        if fresh and folder.marker.exists():
+            _show_facts(console, [("run", f"the earlier one was put aside: {put_aside(folder)}")])
+            stack.enter_context(locked(folder))  # the first lock has moved with it
         if record is None:
             record = begin_run(
                 folder,
@@ -152,7 +154,7 @@ class Run:
             except torch.OutOfMemoryError as error:
                 raise MachineError(self._out_of_memory()) from error
             except DivergedError as error:
-                raise DivergedError(f"step {self.trainer.counters.step + 1}: {error}. {self._newest()}") from error
+                raise DivergedError(f"after step {self.trainer.counters.step}: {error}. {self._newest()}") from error
         return self._finish(predicted_bytes)
 
     def _continue_from_checkpoint(self) -> None:
@@ -207,6 +209,8 @@ class Run:
         """Evaluate before the first step, at intervals and after the last; never twice at the same step."""
         counters, every = self.trainer.counters, self.read.recipe.evaluation.every_steps
         at_an_end = counters.step in {0, self.trainer.plan.steps}
+        if self.data.evaluation is None and counters.step == self.trainer.plan.steps:
+            check_last_update(self.trainer)
         due = at_an_end or (every is not None and counters.step % every == 0)
         if self.data.evaluation is None or not due or counters.evaluated_step == counters.step:
             return
@@ -287,7 +291,7 @@ class Run:
 
     def _newest(self) -> str:
         found, _ = newest_checkpoint(self.folder.checkpoints, self.record.run_id)
-        return f"The newest good checkpoint is {found}" if found else "No checkpoint was saved yet"
+        return f"Newest good checkpoint: {found}" if found else "No checkpoint was saved yet"
 
     def _out_of_memory(self) -> str:
         plan, counters = self.trainer.plan, self.trainer.counters

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainkit.data.batches import make_batch
+from trainkit.errors import DivergedError
 from trainkit.model.loading import quiet_libraries
 from trainkit.model.precision import autocast
 from trainkit.training.step import StopRequested, batch_on
@@ -54,7 +56,7 @@ class Answer:
 def evaluate_loss(trainer: Trainer, rows: PackedRows, should_stop: Callable[[], bool]) -> EvaluationLoss:
     """Mean loss over every trained token of ``rows``. Draws no random number; leaves the model in eval mode.
 
-    Raises StopRequested when ``should_stop`` says so between micro-batches.
+    Raises StopRequested when ``should_stop`` says so between micro-batches, DivergedError when the loss is not finite.
     """
     accelerator, size = trainer.accelerator, trainer.plan.micro_batch_size
     trainer.loss_model.eval()
@@ -69,7 +71,24 @@ def evaluate_loss(trainer: Trainer, rows: PackedRows, should_stop: Callable[[], 
         total += torch.stack([loss_sum.double(), count.double()]).cpu()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
-    return EvaluationLoss(loss=float(total[0] / total[1]), trained_tokens=int(total[1]))
+    loss = float(total[0] / total[1])
+    if not math.isfinite(loss):
+        raise DivergedError(f"the evaluation loss is {loss}; lower training.learning_rate, or set precision: fp32")
+    return EvaluationLoss(loss=loss, trained_tokens=int(total[1]))
+
+
+@torch.no_grad()
+def check_last_update(trainer: Trainer) -> None:
+    """Raise DivergedError when the loss of the row with most to train is not finite.
+
+    A step looks at what the one before it did; nothing looks at what the last one did when there is no evaluation.
+    """
+    trainer.loss_model.eval()
+    row = trainer.rows.row(max(range(len(trainer.rows)), key=trainer.rows.trained_tokens))
+    batch = make_batch([row], trainer.packing, trainer.pad_id)
+    loss_sum, _ = trainer.loss_model(*batch_on(trainer.accelerator.device, batch))
+    if not math.isfinite(float(loss_sum)):
+        raise DivergedError(f"the loss is {float(loss_sum)} after the last update; lower training.learning_rate")
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Encoded]) -> frozenset[int]:

@@ -81,8 +81,8 @@ def training_step(
     loss = _accumulate(run, micro_batches, trained_tokens, should_stop)
     if not math.isfinite(loss):
         raise DivergedError(
-            f"the loss is {loss} at learning rate {learning_rate:g}, before the update; rows: {describe_rows()}. "
-            "Lower training.learning_rate, or look at these examples with inspect-data"
+            f"the loss is {loss} at learning rate {learning_rate:.2g}, before the update; lower "
+            f"training.learning_rate, or look at the examples: {describe_rows()}"
         )
     set_learning_rate(run.optimizer, learning_rate)
     grad_norm, skipped = _update(run, describe_rows)
@@ -149,8 +149,8 @@ def _update(run: Stepper, describe_rows: Callable[[], str]) -> tuple[float, bool
     finite = math.isfinite(grad_norm)
     if not finite and run.scaler is None:
         raise DivergedError(
-            f"the gradient's norm is {grad_norm}, before the update; rows: {describe_rows()}. "
-            "Lower training.learning_rate, or look at these examples with inspect-data"
+            f"the gradient's norm is {grad_norm}, before the update; lower "
+            f"training.learning_rate, or look at the examples: {describe_rows()}"
         )
     if run.scaler is None:
         run.optimizer.step()
