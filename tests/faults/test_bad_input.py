@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trainkit.cli import run
@@ -787,3 +790,99 @@ def test_inspect_data_finds_what_is_wrong_with_the_data(case: Case, room: Room, 
         return
     assert (code, len(lines) == 1 or case.example_shown) == (3, True), lines
     assert re.search(case.says, lines[0]), lines
+
+
+# Anything at all
+
+PROCESSOR_SECONDS_FOR_ONE = 20
+EXPECTED_CODES = {0, 2, 3, 4, 5}
+HOSTILE_IN_RECIPE = [
+    b"\t",
+    b"\n",
+    b"[",
+    b"{",
+    b"}",
+    b": ",
+    b"- ",
+    b"&a ",
+    b"*a",
+    b"!!python/object:os.system ",
+    b"|",
+    b"'",
+    b"#",
+]
+HOSTILE_IN_RECIPE += [b".nan", b"-1", b"1e999", b"null", b"true", b"\x00", b"\xff", b"\xef\xbb\xbf", b"---\n", b"<<: "]
+HOSTILE_IN_DATA = [b"\n", b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\\u0000", b"\\ud800", b"\x00", b"\xff"]
+HOSTILE_IN_DATA += [b"\xef\xbb\xbf", b"null", b"NaN", b"1e999", b"9" * 5000, b"[" * 5000, "\u2028🦊e\u0301".encode()]
+HOSTILE_IN_DATA += [b"<|end|>", b"<|assistant|>", b"assistant", b"system", b"tool_calls", b"weight", b"name"]
+
+Mutation = tuple[float, int, bytes]
+
+
+def mutations_with(hostile: list[bytes]) -> st.SearchStrategy[list[Mutation]]:
+    """Places in a file (0 to 1), how many bytes are taken out there, and what is put in."""
+    inserted = st.sampled_from(hostile) | st.binary(max_size=4)
+    return st.lists(st.tuples(st.floats(0, 1), st.integers(0, 60), inserted), min_size=1, max_size=4)
+
+
+def mutated(content: bytes, mutations: list[Mutation]) -> bytes:
+    for share, length, inserted in mutations:
+        at = int(share * len(content))
+        content = content[:at] + inserted + content[at + length :]
+    return content
+
+
+def check_inspect_data(capfd: Said) -> None:
+    capfd.readouterr()
+    started = time.process_time()
+    code = run(["inspect-data", "recipe.yaml", "--examples", "1"])
+    said = capfd.readouterr()
+    assert code in EXPECTED_CODES, said.err
+    assert "Traceback" not in said.out + said.err
+    assert (code != 0) == ("error: " in said.err), said.err
+    assert time.process_time() - started < PROCESSOR_SECONDS_FOR_ONE
+
+
+def check_mutated_recipe(room: Room, capfd: Said, mutations: list[Mutation]) -> None:
+    path = room.write_recipe()
+    path.write_bytes(mutated(path.read_bytes(), mutations))
+    check_inspect_data(capfd)
+
+
+def check_mutated_data(room: Room, capfd: Said, mutations: list[Mutation]) -> None:
+    room.write_recipe()
+    room.data.write_bytes(mutated("\n".join(GOOD_LINES[:4]).encode(), mutations))
+    check_inspect_data(capfd)
+
+
+def tries(count: int) -> settings:
+    """So many examples; each leaves the room as the next one needs it."""
+    return settings(
+        max_examples=count, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    )
+
+
+@tries(30)
+@given(mutations=mutations_with(HOSTILE_IN_RECIPE))
+def test_no_recipe_makes_a_traceback(room: Room, capfd: Said, mutations: list[Mutation]) -> None:
+    check_mutated_recipe(room, capfd, mutations)
+
+
+@tries(40)
+@given(mutations=mutations_with(HOSTILE_IN_DATA))
+def test_no_data_makes_a_traceback(room: Room, capfd: Said, mutations: list[Mutation]) -> None:
+    check_mutated_data(room, capfd, mutations)
+
+
+@pytest.mark.long
+@tries(2000)
+@given(mutations=mutations_with(HOSTILE_IN_RECIPE))
+def test_none_of_many_recipes_makes_a_traceback(room: Room, capfd: Said, mutations: list[Mutation]) -> None:
+    check_mutated_recipe(room, capfd, mutations)
+
+
+@pytest.mark.long
+@tries(2000)
+@given(mutations=mutations_with(HOSTILE_IN_DATA))
+def test_none_of_many_data_files_makes_a_traceback(room: Room, capfd: Said, mutations: list[Mutation]) -> None:
+    check_mutated_data(room, capfd, mutations)
