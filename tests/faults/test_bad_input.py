@@ -575,21 +575,26 @@ RECIPE_CASES = [
         lambda room: room.set("adapter.target_modules", ["query_key_value"]),
         2,
         r"adapter\.target_modules: `query_key_value` matches no module; .*there are: .*q_proj",
-        in_weights=True,
     ),
     Case(
         "one of two targets misspelt",
         lambda room: room.set("adapter.target_modules", ["q_proj", "v_prj"]),
         2,
         r"adapter\.target_modules: `v_prj` matches no module; did you mean `v_proj`",
-        in_weights=True,
     ),
     Case(
         "rank beyond the matrix",
         lambda room: room.set("adapter.r", 64),
         2,
         r"adapter\.r: 64 is more than \d+, the full rank of model\.layers\.0\.\S+ \(.*\); set r: \d+ or less",
-        in_weights=True,
+    ),
+    Case(
+        "nothing left to adapt",
+        lambda room: room.set(
+            "adapter.exclude_modules", [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+        ),
+        2,
+        r"adapter: exclude_modules leaves no module to adapt",
     ),
     Case("output_dir is not ours", output_is_others, 2, r"output_dir: run is not empty and no run of trainkit's"),
 ]

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trainkit.errors import UsageError
-from trainkit.model.adapters import attach_adapter, trained_share, trained_tensor_names
+from trainkit.model.adapters import attach_adapter, check_adapter, trained_share, trained_tensor_names
 from trainkit.model.loading import load_model
 from trainkit.model.locating import locate_model
 from trainkit.recipe.schema import Adapter, Model
@@ -143,6 +143,18 @@ def test_a_name_or_number_that_does_not_fit(options: dict[str, Any], says: str) 
         attach(**options)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError) as before_weights:
+        check_adapter(llama().config, Adapter(**({"r": 4} | options)))
+    assert str(before_weights.value) == str(caught.value)
+
+
+def test_what_fits_is_passed_without_weights_and_without_a_trace() -> None:
+    config = llama(tied=True).config
+    before, state = config.to_dict(), torch.get_rng_state()
+    check_adapter(config, Adapter(r=4, modules_to_save=("embed_tokens",)))
+    check_adapter(config, None)
+    assert config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_setting_shows_in_the_adapter() -> None:

@@ -7,6 +7,7 @@ refused.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections import Counter
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from trainkit.recipe.schema import Adapter
 
@@ -53,6 +54,17 @@ class TrainedShare:
         percent = 100 * self.trained / self.total
         digits = 1 if percent >= 1 else 3
         return f"{self.trained:,} of {self.total:,} parameters trained ({percent:.{digits}f} %)"
+
+
+def check_adapter(config: PretrainedConfig, adapter: Adapter | None) -> None:
+    """Raise UsageError for the names and ranks that :func:`attach_adapter` would refuse; no weight is needed for it."""
+    if adapter is None:
+        return
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), quiet_libraries():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    _lora_config(model, adapter)
 
 
 def attach_adapter(

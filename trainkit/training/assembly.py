@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainkit.model.adapters import attach_adapter
+from trainkit.model.adapters import attach_adapter, check_adapter
 from trainkit.model.attention import choose_attention
 from trainkit.model.checking import check_model, check_vocabulary, weight_files
 from trainkit.model.isolation import prove_isolation
@@ -41,11 +41,15 @@ class Base:
 
 
 def read_base(recipe: Recipe) -> Base:
-    """Find the model, check its files and load its tokenizer; no weight is read. Raises ModelError."""
+    """Find the model, check its files and load its tokenizer; no weight is read.
+
+    Raises ModelError, and UsageError for an adapter that does not fit the model.
+    """
     location = locate_model(recipe.model)
     config = check_model(location, recipe.packing)
     tokenizer = load_tokenizer(location)
     check_vocabulary(tokenizer, config)
+    check_adapter(config, recipe.adapter)
     facts = tuple(("tokenizer", sentence) for sentence in tokenizer_sentences(location, tokenizer))
     return Base(location, config, tokenizer, facts)
 
