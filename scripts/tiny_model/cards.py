@@ -1,6 +1,6 @@
 """What the quickstart teaches: to answer a told event with a card.
 
-A card is one line, ``who: Tom | what: red kite | where: garden | when: Monday``. The model knows the sentences and what
+A card is one line, ``Who: Tom | What: red kite | Where: garden | When: Monday``. The model knows the sentences and what
 "who" or "where" asks for, but it has never seen a card: before the fine-tune it makes a remark about the story.
 """
 
@@ -23,7 +23,7 @@ EVAL_EXAMPLES = 200
 
 def card(event: Event) -> str:
     """The four facts of an event on one line."""
-    return f"who: {event.who.name} | what: {event.what} | where: {event.place.noun} | when: {event.day}"
+    return f"Who: {event.who.name} | What: {event.what} | Where: {event.place.noun} | When: {event.day}"
 
 
 def is_held_out(event: Event) -> bool:

@@ -29,7 +29,7 @@ pipeline_tag: text-generation
 
 The model that ships with trainkit, `model: {{name: tiny}}`: a Llama of {parameters:,} parameters, trained from random
 weights on English stories and conversations that `scripts/tiny_model` generates. Text, generator and weights are the
-project's own. It knows some 400 words and hardly a fact; it is for trying trainkit out, and for tests.
+project's own. It can say some 450 words and hardly a fact; it is for trying trainkit out, and for tests.
 
 | | |
 |---|---|
