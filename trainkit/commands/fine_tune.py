@@ -15,7 +15,7 @@ from trainkit.console import Console, TrainingView
 from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
-from trainkit.errors import DivergedError, MachineError, Stopped
+from trainkit.errors import DivergedError, MachineError, Stopped, UsageError
 from trainkit.memory.fit import fit
 from trainkit.memory.machine import peak_memory_bytes
 from trainkit.model.export import save_result, verify_result
@@ -27,7 +27,7 @@ from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, ret
 from trainkit.training.environment import describe_environment
 from trainkit.training.evaluation import Answer, answer_prompts, check_last_update, evaluate_loss, stop_ids
 from trainkit.training.interruption import Interruption
-from trainkit.training.loop import Trainer, json_numbers, rehearse, train
+from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, train
 from trainkit.training.metrics import MetricsLog, Trackers, check_trackers, open_trackers, read_metrics
 from trainkit.training.report import write_report
 from trainkit.training.run_record import (
@@ -62,11 +62,16 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
     check_extras(recipe)
     check_trackers(recipe.tracking)
     accelerator = Accelerator(mixed_precision="no")  # places, wraps and reduces; precision and accumulation are ours
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"{accelerator.num_processes} processes were launched: trainkit trains in one so far; launch one process"
+        )
     precision = plan_precision(recipe.precision, accelerator.device)
     base = read_base(recipe)
     encoder = Encoder(base.tokenizer, recipe.data, recipe.packing)
     data = prepare(recipe, encoder, default_cache(), console.progress)
     _show_facts(console, [*base.facts, *(("data", sentence) for sentence in data.sentences)])
+    data.train.ledger.check()
     console.show("\n".join(data.train.ledger.lines()))
 
     with ExitStack() as stack:
@@ -307,6 +312,7 @@ class Run:
         """Save the result, load it anew and compare, and say what came of it."""
         trainer, counters = self.trainer, self.trainer.counters
         ledger = self.data.train.ledger
+        check_against_ledger(counters, trainer.plan, ledger)
         measured_bytes = peak_memory_bytes(trainer.accelerator.device)
         sentences = save_result(
             trainer.model,

@@ -129,7 +129,7 @@ def _recognise_objects(source: Source, records: list[dict[str, Any]]) -> Recogni
     sample = [record.get(next(iter(columns.values()))) for record in records]
     if found in _TURN_KEYS:
         _check_turns(source, found, sample)
-    return Recognised(found, "object", columns, f"{source.path}: {_sentence(found, columns, available, sample)}")
+    return Recognised(found, "object", columns, f"{_named(source)}: {_sentence(found, columns, available, sample)}")
 
 
 def _names(found: Format) -> list[str]:
@@ -225,6 +225,11 @@ def _which(source: Source, found: Format, ours: str, candidates: list[str]) -> D
 def _header_hint(source: Source) -> str:
     csv = source.path.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     return " (the first line of a csv file is taken as its header)" if csv else ""
+
+
+def _named(source: Source) -> str:
+    """The source's path, with the split where the recipe names one."""
+    return source.path if source.split is None else f"{source.path} ({source.split})"
 
 
 def _sentence(found: Format, columns: Mapping[str, str], available: list[str], sample: list[Any]) -> str:

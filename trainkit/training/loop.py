@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from trainkit.data.batches import Batch
+    from trainkit.data.ledger import Ledger
     from trainkit.data.packed_store import PackedRows
     from trainkit.model.precision import PrecisionPlan
     from trainkit.recipe.schema import Packing
@@ -183,6 +184,20 @@ def rehearse(trainer: Trainer) -> None:
     loss_sum.backward()
     trainer.optimizer.zero_grad(set_to_none=True)
     restore_random_state(before)
+
+
+def check_against_ledger(counters: Counters, plan: Plan, ledger: Ledger) -> None:
+    """Raise AssertionError, a bug of trainkit, unless whole epochs trained exactly the tokens of the ledger.
+
+    What was counted on its way through the model is held against what was counted when the rows were made.
+    """
+    epochs, rest = divmod(counters.step, plan.steps_per_epoch)
+    seen, expected = (counters.tokens, counters.trained_tokens), (ledger.tokens, ledger.trained_targets)
+    if rest == 0 and seen != (epochs * expected[0], epochs * expected[1]):
+        raise AssertionError(
+            f"{epochs} epochs saw {seen[0]} tokens and trained {seen[1]}; the ledger has {expected[0]} and "
+            f"{expected[1]} for each"
+        )
 
 
 def describe_rows(rows: PackedRows, indices: Sequence[int], most: int = 3) -> str:
