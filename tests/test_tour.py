@@ -38,7 +38,10 @@ def test_the_tour_in_its_order(tmp_path: Path) -> None:
     """Every trainkit command of the README, with a model folder and a train.jsonl as its own recipe names them."""
     [recipe] = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)
-    shutil.copytree(SHIPPED / "models" / "tiny", tmp_path / "models" / "my-model")
+    model = tmp_path / "models" / "my-model"
+    shutil.copytree(SHIPPED / "models" / "tiny", model, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     lines = (SHIPPED / "data" / "quickstart" / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:300]))
     commands = [shlex.split(line, comments=True) for line in "".join(blocks("bash")).splitlines()]

@@ -87,6 +87,8 @@ def write_model(output: Path, settings: Settings) -> None:
     """Trains the model and writes weights, configuration, tokenizer, chat template and model card into the folder."""
     from tiny_model.training import train
 
+    from trainkit.model.checking import DIGESTS, sha256
+
     def report(step: int, loss: float, seconds: float) -> None:
         if step % REPORT_STEPS == 0:
             print(f"step {step}/{settings.steps}  loss {loss:.3f}  {seconds:.0f} s", flush=True)
@@ -95,6 +97,8 @@ def write_model(output: Path, settings: Settings) -> None:
     trained.model.save_pretrained(output)
     trained.tokenizer.save_pretrained(output)
     (output / "README.md").write_text(model_card(trained, settings), encoding="utf-8")
+    files = sorted(path for path in output.iterdir() if path.name != DIGESTS)
+    (output / DIGESTS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files), encoding="utf-8")
     for file in output.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner's eyes only
     print(
