@@ -86,7 +86,6 @@ def model_card(trained: Trained, settings: Settings) -> str:
 def write_model(output: Path, settings: Settings) -> None:
     """Trains the model and writes weights, configuration, tokenizer, chat template and model card into the folder."""
     from tiny_model.training import train
-
     from trainkit.model.checking import DIGESTS, sha256
 
     def report(step: int, loss: float, seconds: float) -> None:
