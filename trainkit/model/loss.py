@@ -176,9 +176,7 @@ def verify_head(model: PreTrainedModel | PeftModel, precision: PrecisionPlan) ->
                 hook.remove()
     apart = len(seen) == 2 and _agree(seen[0], hidden, tolerance=1e-3) and _agree(seen[1], logits, tolerance=0.0)
     if apart:
-        return HeadPath(
-            apart=True, sentence="output head on trained tokens only, in chunks where logits are large"
-        )
+        return HeadPath(apart=True, sentence="output head on trained tokens only, in chunks where logits are large")
     changes = "the model does more than apply its output head"
     return HeadPath(
         apart=False, sentence=f"on the model's own logits, since {changes}; more memory at a large vocabulary"
