@@ -1,0 +1,1 @@
+"""Measurements of trainkit beside others: ``scripts/bench`` and ``scripts/compare_trl``."""
