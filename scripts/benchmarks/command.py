@@ -1,0 +1,68 @@
+"""The verbs of ``scripts/bench``; each prints a table, or one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.setting import add_options
+from trainkit.errors import TrainkitError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.verb == "step":
+            from benchmarks.step import measure_steps, table
+
+            found = measure_steps(options)
+        else:
+            from benchmarks.micro_batch import measure_micro_batches, table
+
+            found = measure_micro_batches(options)
+    except TrainkitError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(_circumstances(options) | found) if options.json else table(found))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench", description="Measures trainkit on this machine.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    step = verbs.add_parser(
+        "step",
+        help="tokens/s of a training step, beside TRL's",
+        description="Real (non-pad) tokens per second of a training step, LoRA and full, of trainkit and of TRL's "
+        "SFTTrainer in turns in one process; without TRL, of trainkit alone.",
+    )
+    add_options(step, steps=12)
+    step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default: fp32)")
+    step.add_argument("--rows", type=int, default=8, help="rows in a step (default: 8)")
+    step.add_argument("--micro-batch", type=int, default=8, help="rows in a forward pass (default: 8)")
+    step.add_argument("--json", action="store_true", help="print one JSON object")
+    micro_batch = verbs.add_parser(
+        "micro-batch",
+        help="tokens/s of a training step by the rows in a forward pass",
+        description="Tokens per second of steps of 16 rows, in micro-batches of 1 to 16 rows, in turns.",
+    )
+    add_options(micro_batch, steps=8)
+    micro_batch.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
