@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,12 @@ def trl_is_installed() -> bool:
 def quiet_libraries() -> None:
     """For the rest of this process, only errors of other libraries are shown: their advice is for their own users."""
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("trl").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trainkit.recipe.schema import Recipe
 
 SHARE_TO_FILL = 0.9  # of the free memory, since the formula leaves out what is small
-CPU_MICRO_BATCH_TOKENS = 4096  # larger micro-batches are no faster on a CPU; scripts/bench micro-batch shows it
+CPU_MICRO_BATCH_TOKENS = 2048  # larger micro-batches are no faster on a CPU: docs/benchmarks.md
 NF4_BYTES_PER_PARAMETER = 0.516  # 4 bit, and 0.127 bit of scales with double quantisation (arXiv 2305.14314, section 3)
 
 
