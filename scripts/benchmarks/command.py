@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Real (non-pad) tokens per second of a training step, LoRA and full, of trainkit and of TRL's "
         "SFTTrainer in turns in one process; without TRL, of trainkit alone.",
     )
-    add_options(step, steps=12)
+    add_options(step, steps=8)
     step.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation (default: fp32)")
     step.add_argument("--rows", type=int, default=8, help="rows in a step (default: 8)")
     step.add_argument("--micro-batch", type=int, default=8, help="rows in a forward pass (default: 8)")

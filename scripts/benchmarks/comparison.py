@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train the same rows in the same order with trainkit and with TRL's SFTTrainer, in fp32 on the "
         f"CPU; exit 1 when a step's loss differs by more than {BOUND:g} (relative).",
     )
-    add_options(parser, steps=20)
+    add_options(parser, steps=10)
     options = parser.parse_args(arguments)
     if not trl_is_installed():
         print(MISSING, file=sys.stderr)
