@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """Commands that only note how they are called."""
     noted: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-    for name in ("fine_tune", "inspect_data", "export"):
+    for name in ("fine_tune", "inspect_data", "pack_data", "export"):
         module = ModuleType(name)
         setattr(module, name, lambda *given, _name=name, **named: noted.append((_name, given, named)))
         monkeypatch.setitem(sys.modules, f"trainkit.commands.{name}", module)
@@ -79,6 +79,7 @@ def test_no_new_commands_or_options() -> None:
     assert surface == {
         "fine-tune": ["--fresh", "--json", "--set", "recipe"],
         "inspect-data": ["--examples", "--json", "--set", "recipe"],
+        "pack-data": ["--force", "--json", "--set", "recipe"],
         "show": ["--set", "recipe"],
         "schema": [],
         "export": ["--json", "--merge", "--output", "run"],
@@ -123,7 +124,9 @@ def test_fine_tune_gets_the_recipe_and_its_switches(calls: list[Any]) -> None:
 def test_the_other_commands_get_theirs(calls: list[Any]) -> None:
     assert run(["inspect-data", "recipe.yaml"]) == 0
     assert run(["export", "runs/a", "--merge", "--output", "out"]) == 0
+    assert run(["pack-data", "recipe.yaml", "--force"]) == 0
     assert calls[0][2] == {"examples": 3, "json_output": False}
+    assert calls[2][2] == {"force": True, "json_output": False}
     assert calls[1] == ("export", (Path("runs/a"),), {"merge": True, "output": Path("out"), "json_output": False})
 
 

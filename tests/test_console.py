@@ -88,6 +88,42 @@ def test_importing_it_loads_neither_rich_nor_torch() -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
 
 
+def test_bars_are_as_long_as_their_counts() -> None:
+    captured = Captured()
+    captured.console.bars("lengths", [("1-2", 1000), ("3-4", 500), ("5-8", 0), ("9-16", 1)])
+    assert captured.out.splitlines() == [
+        "lengths",
+        " 1-2  1,000  " + 40 * "█",
+        " 3-4    500  " + 20 * "█",
+        " 5-8      0",
+        "9-16      1  █",
+    ]
+    in_ascii = Captured(encoding="ascii")
+    in_ascii.console.bars("lengths", [("1", 2)])
+    assert in_ascii.out == f"lengths\n1  2  {40 * '#'}\n"
+
+
+def test_bars_without_anything_to_show() -> None:
+    captured = Captured()
+    captured.console.bars("none", [])
+    captured.console.bars("empty", [("1", 0)])
+    assert captured.out == "none\nempty\n1  0\n"
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_bars_fill_a_terminal_and_no_more(columns: int) -> None:
+    program = """
+from trainkit.console import Console
+with Console() as console:
+    console.bars("[bold]lengths", [("1-2", 1000), ("3-4", 1)])
+"""
+    assert visible_lines(on_a_terminal(program, columns=columns)) == [
+        "[bold]lengths",
+        "1-2  1,000  " + (columns - 12) * "█",
+        "3-4      1  █",
+    ]
+
+
 def test_results_go_to_stdout_and_the_rest_to_stderr() -> None:
     captured = Captured()
     captured.console.show("result")

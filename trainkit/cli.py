@@ -138,6 +138,37 @@ def inspect_data_command(
 
 
 @app.command(
+    "pack-data",
+    epilog="""\b
+The rows lie in $TRAINKIT_CACHE (default ~/.cache/trainkit), and fine-tune with
+the same recipe finds them there.
+
+\b
+Examples:
+  trainkit pack-data recipe.yaml
+  trainkit pack-data recipe.yaml --set packing.sequence_length=4096 --json""",
+)
+def pack_data_command(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    *,
+    overrides: SetOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Encode and pack again, even where the rows are there already.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Pack the data into rows, and report where every token went.
+
+    Reads no weights. Compares the rows with padding and with the fewest there can be.
+    """
+    read = _read(context, recipe, overrides)
+    from trainkit.commands.pack_data import pack_data
+
+    pack_data(read, force=force, json_output=json_output)
+
+
+@app.command(
     "show",
     epilog="""\b
 Example:

@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 0.1  # a live view is redrawn at most this often
 STAGE_LINE_SECONDS = 5.0  # plain output: a stage that goes on says so this often
 TRAINING_LINE_SECONDS = 30.0  # plain output: training says where it is this often, and at every tenth of the way
+BAR_SIGN, BAR_COLUMNS = "█", 40
 TRAINED_OPEN, TRAINED_CLOSE, NEWLINE_SIGN = "⟦", "⟧", "↵"
 
 # Control characters become the signs that Unicode has for showing them; line feed and tab stay.
 _VISIBLE_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _VISIBLE_CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 # Our own signs, for a stream that is not UTF-8.
-_OUR_SIGNS = {"·": "-", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "…": "...", "—": "-", "–": "-", "≡": "="}
+_OUR_SIGNS = {"·": "-", "×": "x", "≤": "<=", "≥": ">=", "→": "->", "…": "...", "—": "-", "–": "-", "≡": "=", "█": "#"}
 _IN_ASCII = str.maketrans(_OUR_SIGNS | {TRAINED_OPEN: "[[", TRAINED_CLOSE: "]]", NEWLINE_SIGN: "\\n"})
 
 
@@ -211,6 +212,29 @@ class Console:
             self.screen.paint(stream, _rich_table(title, columns, cells, right, stream.encoding))
         else:
             self.screen.write(stream, "\n".join(_plain_table(title, columns, cells, right)))
+
+    def bars(self, title: str, bars: Sequence[tuple[str, int]]) -> None:
+        """Print a horizontal bar for each (label, count) on stdout; the largest count has the longest bar.
+
+        A count above zero has at least one sign. On a terminal the bars take the width there is.
+        """
+        self._end_stage()
+        stream, live = self._results
+        label_columns = max((len(label) for label, _ in bars), default=0)
+        count_columns = max((len(f"{count:,}") for _, count in bars), default=0)
+        heads = [f"{label:>{label_columns}}  {count:>{count_columns},}  " for label, count in bars]
+        columns = self.screen.rich(stream).width - len(heads[0]) if live and heads else BAR_COLUMNS
+        signs = [BAR_SIGN * length for length in _bar_lengths([count for _, count in bars], columns)]
+        if live:
+            from rich.text import Text
+
+            text = Text().append(printable(title, stream.encoding), "bold")
+            for head, bar in zip(heads, signs, strict=True):
+                text.append("\n" + printable(head, stream.encoding)).append(printable(bar, stream.encoding), "cyan")
+            self.screen.paint(stream, text)
+        else:
+            lines = [(head + bar).rstrip() for head, bar in zip(heads, signs, strict=True)]
+            self.screen.write(stream, "\n".join([title, *lines]))
 
     def highlight(self, spans: Sequence[tuple[str, bool]]) -> None:
         """Print text whose parts are (text, trained?): trained parts in colour, or between ⟦ and ⟧ in plain output.
@@ -399,6 +423,16 @@ def clock(seconds: float) -> str:
 
 def _out_of(done: int, total: int | None) -> str:
     return f"{done:,}" if total is None else f"{done:,} of {total:,}"
+
+
+def _bar_lengths(counts: Sequence[int], columns: int) -> list[int]:
+    """Signs for each count, the largest given all ``columns``; what is there at all has at least one.
+
+    >>> _bar_lengths([0, 1, 500, 1000], 40)
+    [0, 1, 20, 40]
+    """
+    most = max(counts, default=0)
+    return [max(1, round(columns * count / most)) if count else 0 for count in counts]
 
 
 def _joined(spans: Sequence[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:

@@ -356,11 +356,14 @@ class FolderBuilder:
 
 
 @contextmanager
-def building(final: Path, kind: Literal["documents", "rows"], key: str) -> Iterator[FolderBuilder]:
+def building(
+    final: Path, kind: Literal["documents", "rows"], key: str, *, replace: bool = False
+) -> Iterator[FolderBuilder]:
     """Fill a folder that appears as ``final`` when the block ends, complete, or not at all.
 
     Where ``final`` is there by then and sound, it stays and ours is thrown away; where it is damaged, ours replaces it.
-    Raises MachineError when the place cannot be written.
+    With ``replace`` ours takes its place, unless it holds the very same documents: they stay, for the rows of other
+    packings in their folder point into them. Raises MachineError when the place cannot be written.
     """
     with _disk_trouble_named(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -374,7 +377,7 @@ def building(final: Path, kind: Literal["documents", "rows"], key: str) -> Itera
         yield builder
         builder.seal(kind, key)
         with _disk_trouble_named(final.parent):
-            _move_into_place(folder, final, kind, key)
+            _move_into_place(folder, final, kind, key, replace=replace)
     finally:
         builder.close()
         os.close(lock)
@@ -438,7 +441,7 @@ def _mapped(folder: Path, name: str, dtype: DTypeLike) -> NDArray[Any]:
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r").view(np.ndarray)
 
 
-def _move_into_place(folder: Path, final: Path, kind: Literal["documents", "rows"], key: str) -> None:
+def _move_into_place(folder: Path, final: Path, kind: Literal["documents", "rows"], key: str, *, replace: bool) -> None:
     for _ in range(8):
         try:
             folder.rename(final)
@@ -448,16 +451,24 @@ def _move_into_place(folder: Path, final: Path, kind: Literal["documents", "rows
         else:
             fsync_folder(final.parent)
             return
-        try:
-            verify(final, kind, key)
-        except StoreUnusable:
-            damaged = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=final.parent))
-            with suppress(FileNotFoundError):  # somebody else may be replacing it too
-                final.rename(damaged / "damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-        else:
+        if _may_stay(final, folder, kind, key, replace=replace):
             return
+        replaced = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=final.parent))
+        with suppress(FileNotFoundError):  # somebody else may be replacing it too
+            final.rename(replaced / "replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
     raise MachineError(f"{final}: it is replaced again and again by others; let one finish, or set TRAINKIT_CACHE")
+
+
+def _may_stay(found: Path, ours: Path, kind: Literal["documents", "rows"], key: str, *, replace: bool) -> bool:
+    """Whether what was ``found`` in the place of ``ours`` is as good as it."""
+    if replace and kind == "rows":
+        return False
+    try:
+        verify(found, kind, key)
+        return not replace or _read_manifest(found, kind) == _read_manifest(ours, kind)
+    except StoreUnusable:
+        return False
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -69,6 +69,7 @@ class PreparedData:
     """Rows to train on and to evaluate on, what was seen on the way, and the key that stands for all of it.
 
     ``prompts`` are held-out examples, as (place, example), for answers to be generated; in an order drawn by the seed.
+    ``folder`` is where the rows lie, and ``found_again`` whether they lay there before.
     """
 
     train: PackedRows
@@ -76,6 +77,8 @@ class PreparedData:
     prompts: tuple[tuple[str, ParsedExample], ...]
     sentences: tuple[str, ...]
     key: str
+    folder: Path
+    found_again: bool
 
 
 def default_cache() -> Path:
@@ -92,11 +95,14 @@ def default_cache() -> Path:
         ) from error
 
 
-def prepare(recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress) -> PreparedData:
+def prepare(
+    recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress, *, anew: bool = False
+) -> PreparedData:
     """Make the rows that ``recipe`` asks for under ``cache``, or find them there; see :class:`PreparedData`.
 
     Nothing in the cache is trusted unread: its sums are compared, and what is damaged is made anew, with a sentence
-    that says so. Raises DataError for whatever the sources hold that cannot be trained on, and MachineError where the
+    that says so. ``anew`` looks for nothing: everything is encoded and packed again, and takes the place of what was
+    there. Raises DataError for whatever the sources hold that cannot be trained on, and MachineError where the
     cache cannot be written.
     """
     sources = _all_sources(recipe.data)
@@ -110,9 +116,9 @@ def prepare(recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress
     rows_folder = documents_folder / "rows" / rows_key
     warnings: list[str] = []
 
-    found = _is_sound(documents_folder, "documents", documents_key, warnings)
+    found = not anew and _is_sound(documents_folder, "documents", documents_key, warnings)
     if not found:
-        with building(documents_folder, "documents", documents_key) as builder:
+        with building(documents_folder, "documents", documents_key, replace=anew) as builder:
             writer = DocumentWriter(builder)
             seen = [_encode_source(*source, encoder, writer, on_progress) for source in enumerate(sources)]
             writer.finish({"sources": seen})
@@ -123,7 +129,7 @@ def prepare(recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress
         on_progress("packing", 0, 1)
         parts = _plan_parts(recipe, documents)
         prompts = _prompts(recipe, documents, parts.get("evaluation"), sources, number_of_prompts)
-        with building(rows_folder, "rows", rows_key) as builder:
+        with building(rows_folder, "rows", rows_key, replace=anew) as builder:
             write_rows(builder, parts, prompts, {"sentences": _sentences(recipe, documents, parts)})
         on_progress("packing", 1, 1)
 
@@ -141,6 +147,8 @@ def prepare(recipe: Recipe, encoder: Encoder, cache: Path, on_progress: Progress
             f"{'found again' if found else 'kept'} in {rows_folder}",
         ),
         key=key,
+        folder=rows_folder,
+        found_again=found,
     )
 
 
