@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -294,7 +295,7 @@ def test_what_is_no_secret_stays() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_failure() -> None:
-    command = f"{sys.executable} -m trainkit schema | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{shlex.quote(sys.executable)} -m trainkit schema | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
     command = command.replace("schema", "--help").replace("head -1", "true")
@@ -305,12 +306,19 @@ def test_a_reader_that_leaves_early_is_no_failure() -> None:
 def test_a_full_disk_behind_stdout_is_exit_5() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "trainkit", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 5
-    assert done.stderr.startswith("error: no space left on the disk")
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for environment in (buffered, {**buffered, "PYTHONUNBUFFERED": "1"}):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "trainkit", "--help"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                env=environment,
+            )
+        assert done.returncode == 5
+        assert done.stderr == "error: no space left on the disk; free some and run the same command again\n"
 
 
 def test_the_program_fails_with_the_exit_code_and_no_traceback() -> None:

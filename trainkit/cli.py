@@ -273,9 +273,10 @@ def _failed(error: Exception, session: Session) -> int:
     if hasattr(error, "format_message"):
         # an error of typer's (of click's, in its older versions): they share no public class
         return _say(error, [_usage_message(error)], EXIT_USAGE, session)
-    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+    if isinstance(error, BrokenPipeError) and _stdout_takes_no_more():
         return 0  # `| head` has read enough
     if isinstance(error, OSError) and error.errno in DISK_FULL:
+        _stdout_takes_no_more()
         where = f"{error.filename}: " if error.filename else ""
         line = f"{where}no space left on the disk; free some and run the same command again"
         return _say(error, [line], EXIT_MACHINE, session)
@@ -301,18 +302,27 @@ def _usage_message(error: Any) -> str:
     return f"{message}{' See' if message.endswith('?') else '; see'} `{command} --help`"
 
 
-def _stdout_is_closed() -> bool:
-    """Whether it is stdout whose reader has left; it then swallows whatever is still to be written."""
+def _stdout_takes_no_more() -> bool:
+    """Whether stdout's reader has left or its disk is full; if so, what is still to be written goes nowhere.
+
+    Otherwise the interpreter would try to write it at its end, fail again, and change the exit code.
+    """
     try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):
+        sys.stdout.flush()
+        useless = _reader_has_left(sys.stdout.fileno())  # without a buffer there is nothing to flush
+    except ValueError:  # closed, or no stream of the system's
         return False
+    except OSError:
+        useless = True
+    if useless:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return useless
+
+
+def _reader_has_left(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
-    if not any(flags & (select.POLLERR | select.POLLHUP) for _, flags in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    return True
+    return any(flags & (select.POLLERR | select.POLLHUP) for _, flags in poll.poll(0))
 
 
 def _bug(error: Exception, session: Session) -> int:
