@@ -3,7 +3,9 @@ from __future__ import annotations
 import errno
 import json
 import random
+import resource
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,19 @@ def test_a_full_disk_leaves_the_earlier_one_and_nothing_else(tmp_path: Path, mon
     monkeypatch.setattr(checkpoint, "_save_tensors", full)
     with pytest.raises(MachineError, match=r"disk is full.*earlier checkpoints are intact"):
         save_checkpoint(tmp_path, RUN, state_at(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_what_safetensors_cannot_write_is_the_machine_s_trouble(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, RUN, state_at(1))
+    state = replace(state_at(2), weights={"large": torch.zeros(100_000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a real failure of a real write
+    try:
+        with pytest.raises(MachineError, match=r"could not be saved: .*File too large.*earlier checkpoints are intact"):
+            save_checkpoint(tmp_path, RUN, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 

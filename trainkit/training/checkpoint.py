@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainkit.errors import CheckpointError, MachineError
@@ -84,10 +85,11 @@ def save_checkpoint(root: Path, run_id: str, state: TrainingState) -> Path:
             final.rename(final.with_name(f"{final.name}.damaged-{secrets.token_hex(4)}"))
         staging.rename(final)
         fsync_folder(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said when it writes
         shutil.rmtree(staging, ignore_errors=True)
         needed = sum(_tensor_bytes(state).values())
-        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0][:160]
         raise MachineError(
             f"{final}: the checkpoint ({needed / 2**20:.1f} MiB) could not be saved: {what}; earlier checkpoints are "
             "intact: make room, then give the same command again"
@@ -224,7 +226,7 @@ def load_checkpoint(folder: Path) -> TrainingState:
             counters=numbers["counters"],
             log_bytes=numbers["log_bytes"],
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot be read: {error}; delete it to continue from an earlier one"
         ) from error
