@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
+    # Threads of a kernel wait for each other by spinning. Where other programs want the same cores, a long spin keeps
+    # the thread that is waited for from running at all; a short one costs nothing on an idle machine. OpenMP's runtime
+    # reads this when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
     from trainkit.cli import run
 
     sys.exit(run(sys.argv[1:]))
