@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from trainkit.cli import run
+from trainkit.training import loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from trainkit.training.loop import StepReport, Trainer
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
@@ -115,3 +124,61 @@ def test_a_finished_run_is_left_alone(recipe: dict[str, Any], tmp_path: Path, un
     assert code == 0
     assert "already finished" in said
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file()} == before
+
+
+def test_a_lost_result_is_made_again_from_the_last_checkpoint(
+    recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path
+) -> None:
+    """Never trained again, and never called finished where it is not there."""
+    adapter = uninterrupted / "final" / "adapter_model.safetensors"
+    weights, recorded = adapter.read_bytes(), metrics(uninterrupted)
+    shutil.rmtree(uninterrupted / "final")
+    (uninterrupted / "summary.json").unlink()
+    code, said = finish(start(recipe, tmp_path, "uninterrupted"))
+    assert code == 0, said
+    assert "continues after step 12" in said
+    assert adapter.read_bytes() == weights
+    assert metrics(uninterrupted) == recorded
+    assert (uninterrupted / "summary.json").is_file()
+
+    shutil.rmtree(uninterrupted / "final")
+    shutil.rmtree(uninterrupted / "checkpoints")
+    code, said = finish(start(recipe, tmp_path, "uninterrupted"))
+    assert code == 6, said
+    assert "no checkpoint is left to make it from; --fresh trains anew" in said
+    assert metrics(uninterrupted) == recorded
+
+
+def test_fewer_samples_may_be_asked_for_when_a_run_is_continued(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["evaluation"] |= {"samples": 3}
+    process = start(recipe, tmp_path, "stopped")
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+    recipe["evaluation"] |= {"samples": 1}
+    code, said = finish(start(recipe, tmp_path, "stopped"))
+    assert code == 0, said
+    assert said.count("  before  ") == said.count("  after   ") == 1
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_what_is_saved(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "stopped.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+
+    def interrupted(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
+        for report in loop.train(trainer, should_stop):
+            yield report
+            if report.step == 3:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainkit.commands.fine_tune.train", interrupted)
+        assert run(["fine-tune", str(path)]) == 130
+    assert "stopped at once. Newest good checkpoint: " in (errors := capfd.readouterr().err)
+    assert "step-000002" in errors
+    assert run(["fine-tune", str(path)]) == 0
+    assert "continues after step 2" in capfd.readouterr().out

@@ -15,7 +15,7 @@ from trainkit.console import Console, TrainingView
 from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
-from trainkit.errors import DivergedError, MachineError, Stopped, UsageError
+from trainkit.errors import CheckpointError, DivergedError, MachineError, Stopped, UsageError
 from trainkit.memory.fit import fit
 from trainkit.memory.machine import peak_memory_bytes
 from trainkit.model.export import save_result, verify_result
@@ -78,7 +78,7 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
         stack.enter_context(locked(folder))
         interruption = stack.enter_context(Interruption())
         record = None if fresh else _record_to_continue(folder, recipe, base, data)
-        if record is not None and record.finished:
+        if record is not None and record.finished and folder.final.is_dir() and folder.summary.is_file():
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
             return dict(json.loads(folder.summary.read_bytes()))
         fitted = fit(recipe, base.location.folder, base.config, precision, accelerator.device)
@@ -147,6 +147,13 @@ class Run:
 
     def to_the_end(self, *, predicted_bytes: int) -> dict[str, Any]:
         """Train what is left, save and verify the result, and return the summary."""
+        try:
+            self._train_and_record()
+            return self._finish(predicted_bytes)
+        except KeyboardInterrupt:  # the second Ctrl+C, which waits for nothing
+            raise Stopped(f"stopped at once. {self._newest()}; the same command continues", by_keyboard=True) from None
+
+    def _train_and_record(self) -> None:
         with ExitStack() as stack:
             self.metrics = stack.enter_context(MetricsLog(self.folder.metrics, self.console.warn))
             self.samples = stack.enter_context(MetricsLog(self.folder.samples, self.console.warn))
@@ -160,12 +167,16 @@ class Run:
                 raise MachineError(self._out_of_memory()) from error
             except DivergedError as error:
                 raise DivergedError(f"after step {self.trainer.counters.step}: {error}. {self._newest()}") from error
-        return self._finish(predicted_bytes)
 
     def _continue_from_checkpoint(self) -> None:
         found, skipped = newest_checkpoint(self.folder.checkpoints, self.record.run_id)
         for sentence in skipped:
             self.console.warn(f"{self.folder.checkpoints}: {sentence}")
+        if found is None and self.record.finished:
+            raise CheckpointError(
+                f"{self.folder.final}: the run is finished, its result is gone, and no checkpoint is left to make it from; "
+                "--fresh trains anew"
+            )
         if found is None:
             self.metrics.truncate_to(0)
             self.samples.truncate_to(0)
@@ -346,9 +357,7 @@ class Run:
         return summary
 
     def _show_outcome(self, summary: dict[str, Any], sentences: tuple[str, ...]) -> None:
-        before, after = _answers_before_and_after(self.folder)
-        for place, first in before.items():
-            last = after[place]
+        for first, last in _answers_before_and_after(self.folder):
             self.console.show(f"\n{first['prompt'].strip()}")
             self.console.show(f"  before  {first['answer'].strip()}")
             self.console.show(f"  after   {last['answer'].strip()}")
@@ -375,11 +384,14 @@ def _exact_match(folder: RunFolder) -> dict[str, float]:
     return {"exact_match_before": scores[0], "exact_match_after": scores[-1]} if scores else {}
 
 
-def _answers_before_and_after(folder: RunFolder) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The lines of samples.jsonl of the first and of the last evaluation, by the place of the prompt."""
+def _answers_before_and_after(folder: RunFolder) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The lines of samples.jsonl of the first and of the last evaluation, for each prompt that stands in both.
+
+    How many are answered may change where a run is continued.
+    """
     lines = read_metrics(folder.samples)
-    steps = sorted({line["step"] for line in lines})
-    if not steps:
-        return {}, {}
-    before, after = ({line["place"]: line for line in lines if line["step"] == step} for step in (steps[0], steps[-1]))
-    return before, after
+    if not lines:
+        return []
+    before, after = ([line for line in lines if line["step"] == end["step"]] for end in (lines[0], lines[-1]))
+    answered = {line["place"]: line for line in after}
+    return [(line, answered[line["place"]]) for line in before if line["place"] in answered]
