@@ -174,7 +174,7 @@ class Run:
             self.console.warn(f"{self.folder.checkpoints}: {sentence}")
         if found is None and self.record.finished:
             raise CheckpointError(
-                f"{self.folder.final}: the run is finished, its result is gone, and no checkpoint is left to make it from; "
+                f"{self.folder.final}: finished, but its result is gone and no checkpoint is left to make it from; "
                 "--fresh trains anew"
             )
         if found is None:
