@@ -217,6 +217,50 @@ def test_plain_training_messages_stand_between_the_lines() -> None:
     assert captured.err == "step 1/2  loss 1.0000\n[red]saved[/red]\nstep 2/2  loss 0.5000\n"
 
 
+def test_a_long_evaluation_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one before the first step, when there is no step to speak of."""
+    times = iter(range(0, 1000, 10))
+    monkeypatch.setattr("trainkit.console.time.monotonic", lambda: float(next(times)))
+    captured = Captured()
+    with TrainingView(captured.console):
+        for done in range(1, 8):
+            captured.console.progress("evaluating rows", done, 7)
+    assert captured.err == "evaluating rows 3 of 7\nevaluating rows 6 of 7\n"
+
+
+def test_the_evaluation_before_the_first_step_shows_on_a_terminal() -> None:
+    program = """
+from trainkit.console import Console, TrainingView
+with Console() as console, TrainingView(console) as view:
+    console.progress("evaluating rows", 3, 7)
+    view.update(step=0, steps=2, eval_loss=4.0)
+"""
+    printed = visible_lines(on_a_terminal(program))
+    assert printed[0].startswith("evaluating rows  ")
+    assert printed[0].endswith("3 of 7")
+    assert printed[-1].startswith("eval loss 4.0")
+
+
+def test_a_signal_handler_may_speak_in_the_middle_of_a_write() -> None:
+    """A buffered stream refuses to be entered twice; the line goes past it."""
+    program = """
+import io, os, signal, sys
+from trainkit.console import Console
+
+class Raw(io.FileIO):
+    def write(self, data):
+        signal.raise_signal(signal.SIGINT)
+        return super().write(data)
+
+stderr = io.TextIOWrapper(io.BufferedWriter(Raw(os.dup(2), "w")), encoding="utf-8")
+console = Console(stderr=stderr)
+signal.signal(signal.SIGINT, lambda *_: console.at_once("heard"))
+console.note("a line")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "heard\na line\n")
+
+
 def test_a_plain_stage_says_when_it_is_done() -> None:
     captured = Captured()
     for done in range(0, 1001, 100):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 REFRESH_SECONDS = 0.1  # a live view is redrawn at most this often
 STAGE_LINE_SECONDS = 5.0  # plain output: a stage that goes on says so this often
 TRAINING_LINE_SECONDS = 30.0  # plain output: training says where it is this often, and at every tenth of the way
+VIEW_LINES = 2  # the height of the live view
 BAR_SIGN, BAR_COLUMNS = "█", 40
 TRAINED_OPEN, TRAINED_CLOSE, NEWLINE_SIGN = "⟦", "⟧", "↵"
 
@@ -197,6 +198,18 @@ class Console:
         """Print why the program ends, on stderr."""
         self._marked("error: ", "bold red", line)
 
+    def at_once(self, line: str) -> None:
+        """Print a line on stderr from within a signal handler: past the buffers, which the interrupted code may hold.
+
+        The live view stays as it was and is drawn anew below.
+        """
+        stderr = self.screen.stderr
+        text = f"{printable(line, stderr.encoding)}\n"
+        if self.screen.stderr_is_live:
+            text = "\n" + text + "\n" * VIEW_LINES
+        with contextlib.suppress(OSError, ValueError):
+            os.write(stderr.fileno(), text.encode(stderr.encoding or "ascii", "backslashreplace"))
+
     def result(self, value: Mapping[str, Any]) -> None:
         """Print ``value`` as one JSON object on one line of stdout; does nothing unless ``json_only``."""
         if self.json_only:
@@ -315,6 +328,7 @@ class TrainingView:
         self._first: tuple[int, float] | None = None  # step and time of the first update: what the ETA counts from
         self._line_step = 0
         self._line_time = 0.0
+        self._stage_line_time = time.monotonic()
         self._stage_text = ""
 
     def __enter__(self) -> Self:
@@ -364,10 +378,18 @@ class TrainingView:
         self._console.note(line)
 
     def stage(self, stage: str, done: int, total: int | None) -> None:
-        """Show what goes on between two steps (evaluating, saving)."""
+        """Show what goes on between two steps, or before the first (evaluating)."""
         self._stage_text = "" if done == total else f"{stage} {_out_of(done, total)}"
-        if self._screen.stderr_is_live and self._steps is not None and self._screen.due():
-            self._draw()
+        now = time.monotonic()
+        if self._screen.stderr_is_live:
+            if self._screen.due():
+                if self._steps is None:
+                    self._screen.draw(_bar(stage, done, total, _out_of(done, total)))
+                else:
+                    self._draw()
+        elif self._stage_text and now - self._stage_line_time >= TRAINING_LINE_SECONDS:
+            self._stage_line_time = now
+            self._screen.write(self._screen.stderr, self._stage_text)
 
     def _line_is_due(self, now: float) -> bool:
         assert self._steps is not None

@@ -112,6 +112,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(recipe: dict[str, Any], tmp_path:
     process.send_signal(signal.SIGINT)
     code, said = finish(process)
     assert code == 130, said
+    assert said.count("SIGINT received: saving") == 1
     assert len(said.strip().splitlines()[-1]) < 400
     code, said = finish(start(recipe, tmp_path, "stopped"))
     assert code == 0, said

@@ -76,7 +76,7 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
 
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
-        interruption = stack.enter_context(Interruption())
+        interruption = stack.enter_context(Interruption(lambda signal: console.at_once(_heard(signal))))
         record = None if fresh else _record_to_continue(folder, recipe, base, data)
         if record is not None and record.finished and folder.final.is_dir() and folder.summary.is_file():
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
@@ -231,7 +231,9 @@ class Run:
         if self.data.evaluation is None or not due or counters.evaluated_step == counters.step:
             return
         try:
-            result = evaluate_loss(self.trainer, self.data.evaluation, self.interruption.requested)
+            result = evaluate_loss(
+                self.trainer, self.data.evaluation, self.interruption.requested, self.console.progress
+            )
             answers = self._answer(compare=at_an_end)
         except StopRequested:
             self._stop()
@@ -266,6 +268,7 @@ class Run:
             stop_ids=stop_ids(self.base.tokenizer, [self.encoder.encode(parsed, place) for place, parsed in chosen]),
             max_new_tokens=wanted.max_new_tokens,
             should_stop=self.interruption.requested,
+            on_progress=self.console.progress,
         )
 
     def _save_if_due(self) -> None:
@@ -376,6 +379,11 @@ class Run:
         facts.append(("memory", f"peak {measured / 2**20:,.0f} MiB measured, {predicted / 2**20:,.0f} MiB predicted"))
         facts.append(("done", f"{self.folder.final} · report: {self.folder.report}"))
         _show_facts(self.console, facts)
+
+
+def _heard(signal: Signals) -> str:
+    """Said at once, because the micro-batch that has to end first may take long."""
+    return f"{signal.name} received: saving as soon as it is possible; a second Ctrl+C stops without saving"
 
 
 def _exact_match(folder: RunFolder) -> dict[str, float]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trainkit.data.packed_store import PackedRows
     from trainkit.training.loop import Trainer
 
+    Progress = Callable[[str, int, int | None], None]  # a stage, what is done of it, and of how much
+
 ANSWERS_AT_ONCE = 32
 
 
@@ -53,7 +55,9 @@ class Answer:
 
 
 @torch.no_grad()
-def evaluate_loss(trainer: Trainer, rows: PackedRows, should_stop: Callable[[], bool]) -> EvaluationLoss:
+def evaluate_loss(
+    trainer: Trainer, rows: PackedRows, should_stop: Callable[[], bool], on_progress: Progress
+) -> EvaluationLoss:
     """Mean loss over every trained token of ``rows``. Draws no random number; leaves the model in eval mode.
 
     Raises StopRequested when ``should_stop`` says so between micro-batches, DivergedError when the loss is not finite.
@@ -69,6 +73,7 @@ def evaluate_loss(trainer: Trainer, rows: PackedRows, should_stop: Callable[[], 
         batch = make_batch(chosen, trainer.packing, trainer.pad_id)
         loss_sum, count = trainer.loss_model(*batch_on(accelerator.device, batch))
         total += torch.stack([loss_sum.double(), count.double()]).cpu()
+        on_progress("evaluating rows", min(start + size, len(own)), len(own))
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
     loss = float(total[0] / total[1])
@@ -106,6 +111,7 @@ def answer_prompts(
     stop_ids: frozenset[int],
     max_new_tokens: int,
     should_stop: Callable[[], bool],
+    on_progress: Progress,
 ) -> list[Answer]:
     """Answer ``prompts``, pairs of (place, prompt), greedily; the answers stand in the order of the prompts.
 
@@ -125,6 +131,7 @@ def answer_prompts(
             text = _text(tokenizer, ids, stop_ids)
             match = text.strip() == prompt.reference.strip()
             answers[index] = Answer(place, prompt.text, prompt.reference, text, match)
+        on_progress("answering prompts", len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
 
 

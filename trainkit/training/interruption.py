@@ -6,6 +6,7 @@ import signal
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is SLURM's customary warning before the time limit
@@ -14,10 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is SLURM's 
 class Interruption:
     """While entered, the first SIGTERM, SIGINT or SIGUSR1 sets ``received``; a second SIGINT stops at once.
 
-    Works in the main thread only, as Python's signal handlers do.
+    Works in the main thread only, as Python's signal handlers do. ``on_first`` is called with the first signal from
+    inside the handler, so that it must not use what the interrupted code may hold: no buffered stream, no lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[signal.Signals], None]) -> None:
+        self._on_first = on_first
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -35,7 +38,10 @@ class Interruption:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        first = self.received is None
         self.received = signal.Signals(number)
+        if first:
+            self._on_first(self.received)
 
     def requested(self) -> bool:
         """Whether a signal came."""
