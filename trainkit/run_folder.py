@@ -85,6 +85,20 @@ class RunFolder:
         return self.root / "crash.txt"
 
 
+def expanded(path: str) -> Path:
+    """``path``, of something to be read, with `~` replaced by the home folder.
+
+    Where there is no such home it stays as it stands: nothing is found there, and it can be named as missing.
+
+    >>> expanded("~nobody-at-all/data")
+    PosixPath('~nobody-at-all/data')
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def permissions_for_new_file() -> int:
     """The mode that ``open`` would give a new file under the current umask."""
     mask = os.umask(0)

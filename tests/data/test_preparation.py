@@ -369,6 +369,9 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache() == Path("/var/cache/trainkit")
     monkeypatch.setenv("TRAINKIT_CACHE", "~/mine")
     assert default_cache() == Path("/home/someone/mine")
+    monkeypatch.setenv("TRAINKIT_CACHE", "~nobody-here/mine")
+    with pytest.raises(MachineError, match=r"there is no home folder; set .*TRAINKIT_CACHE"):
+        default_cache()
 
 
 def test_the_real_encoder_and_its_rows(tmp_path: Path, tiny_tokenizer: Any) -> None:

@@ -449,6 +449,7 @@ DATA_CASES = [
 
 MODEL_CASES = [
     Case("folder missing", lambda room: room.set("model.name", "./modle"), 4, r"no such folder: \./modle.*mean model"),
+    Case("home of nobody", lambda room: room.set("model.name", "~nobody-here/m"), 4, r"no such folder: ~nobody-here/m"),
     Case("name is a file", lambda room: room.set("model.name", "train.jsonl"), 4, r"name: train\.jsonl is a file"),
     Case(
         "hub id without network",

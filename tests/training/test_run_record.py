@@ -69,6 +69,27 @@ def test_a_folder_is_found_from_the_home_folder(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("begun")
+def test_a_folder_is_named_without_dots(tmp_path: Path) -> None:
+    """`..` has no name of its own to be put aside under."""
+    (tmp_path / "run" / "below").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    folder = check_output(str(tmp_path / "run" / "below" / ".."))
+    assert put_aside(folder) == tmp_path / "run.1"
+
+
+def test_the_home_folder_of_nobody_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="output_dir: ~nobody-at-all/run cannot be used"):
+        check_output("~nobody-at-all/run")
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    with pytest.raises(MachineError, match="cannot be used"):
+        check_output(str(tmp_path / "round" / "run"))
+
+
+def test_what_cannot_be_put_aside_is_a_fault_of_the_machine() -> None:
+    with pytest.raises(MachineError, match=r"/proc/self/fd cannot be put aside: .*; name a new folder"):
+        put_aside(RunFolder(Path("/proc/self/fd")))
+
+
 def test_a_folder_of_a_run_is_ours(folder: RunFolder) -> None:
     check_output(str(folder.root))
 

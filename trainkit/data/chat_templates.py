@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainkit.errors import ModelError, UsageError
+from trainkit.run_folder import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ def find_template(
         return ChatTemplate("{{- bos_token }}" + text if adds_bos else text, chosen, special)
     names = ", ".join(shipped_template_names())
     try:
-        text = Path(chosen).read_text(encoding="utf-8")
+        text = expanded(chosen).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"data.chat_template: {chosen}: {reason}; give a .jinja file or one of {names}") from error

@@ -84,10 +84,10 @@ class PreparedData:
 def default_cache() -> Path:
     """Where prepared data is kept: $TRAINKIT_CACHE, or trainkit/ in $XDG_CACHE_HOME or in ~/.cache."""
     own = os.environ.get("TRAINKIT_CACHE")
-    if own:
-        return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     try:
+        if own:
+            return Path(own).expanduser()
         return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "trainkit"
     except RuntimeError as error:
         raise MachineError(

@@ -16,6 +16,7 @@ from trainkit.data.files import KINDS, kind_of, read_file, without_nested_nulls
 from trainkit.data.strict_json import fault_in_strings
 from trainkit.data.wording import listed, nearest, shown
 from trainkit.errors import DataError
+from trainkit.run_folder import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +70,7 @@ def _files(source: Source) -> tuple[_File, ...]:
     if not source.path:
         raise DataError("the `path:` of a data source is empty")
     written = shown(source.path, 120)[1:-1]
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     try:
         if path.is_dir():
             return _folder_files(source, path)

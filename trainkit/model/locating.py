@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import MachineError, ModelError
+from trainkit.run_folder import expanded
 
 if TYPE_CHECKING:
     from trainkit.recipe.schema import Model
@@ -49,7 +50,7 @@ def locate_model(model: Model) -> ModelLocation:
     """
     if model.name in SHIPPED_NAMES:
         return ModelLocation(model.name, SHIPPED_MODELS / model.name)
-    path = Path(model.name).expanduser()
+    path = expanded(model.name)
     if path.is_dir():
         return ModelLocation(model.name, path.resolve())
     if path.exists():

@@ -48,7 +48,10 @@ def check_output(output_dir: str) -> RunFolder:
     Raises MachineError when it is a file or cannot be written, UsageError when it holds files that trainkit did not
     make.
     """
-    root = Path(output_dir).expanduser().absolute()
+    try:
+        root = Path(output_dir).expanduser().resolve()  # without `..`: a folder that has no name cannot be put aside
+    except (OSError, RuntimeError) as error:
+        raise MachineError(f"output_dir: {output_dir} cannot be used: {error}") from error
     folder = RunFolder(root)
     try:
         there = next(path for path in (root, *root.parents) if path.exists())
@@ -199,9 +202,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def put_aside(folder: RunFolder) -> Path:
-    """Rename an existing run folder to ``NAME.1``, ``NAME.2`` ...: nothing is overwritten. Returns where it went."""
+    """Rename an existing run folder to ``NAME.1``, ``NAME.2`` ...: nothing is overwritten. Returns where it went.
+
+    Raises MachineError where it cannot be renamed: it is where a disk is mounted, or the folder above is not ours.
+    """
     number = 1
     while (aside := folder.root.with_name(f"{folder.root.name}.{number}")).exists():
         number += 1
-    folder.root.rename(aside)
+    try:
+        folder.root.rename(aside)
+    except OSError as error:
+        raise MachineError(
+            f"output_dir: {folder.root} cannot be put aside: {error.strerror}; name a new folder"
+        ) from error
     return aside
