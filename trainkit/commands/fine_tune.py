@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from signal import Signals
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 
 from trainkit.console import Console, TrainingView
@@ -17,7 +16,7 @@ from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
 from trainkit.errors import CheckpointError, DivergedError, MachineError, Stopped, UsageError
 from trainkit.memory.fit import fit
-from trainkit.memory.machine import peak_memory_bytes
+from trainkit.memory.machine import is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
@@ -163,7 +162,9 @@ class Run:
             try:
                 rehearse(self.trainer)
                 self._train()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise MachineError(self._out_of_memory()) from error
             except DivergedError as error:
                 raise DivergedError(f"after step {self.trainer.counters.step}: {error}. {self._newest()}") from error

@@ -26,6 +26,11 @@ def available_memory_bytes(device: torch.device) -> int:
     return min(available, max(0, limit - used))
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no room: on a GPU it has a class for that, on the CPU a sentence of its allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
 def process_memory_bytes() -> int:
     """Resident memory of this process now."""
     return int(psutil.Process().memory_info().rss)

@@ -173,7 +173,7 @@ def load_model(
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise MachineError(
-                    f"{location.name}: the weights do not fit on {device}; see trainkit estimate-memory"
+                    f"{location.name}: the weights do not fit on {device}; take a smaller model, or adapter.type: qlora"
                 ) from error
             raise ModelError(
                 f"{location.folder}: cannot be loaded: {str(error).strip().splitlines()[0][:160]}"
