@@ -201,7 +201,12 @@ class Evaluation:
 class Checkpoints:
     """When the full training state is saved, and how many stay."""
 
-    every_steps: int | None = key(200, "interval; null: only when a signal stops the run", unit="steps", at_least=1)
+    every_steps: int | None = key(
+        200,
+        "interval; null: only after the last step, when a signal stops the run, and for keep_best",
+        unit="steps",
+        at_least=1,
+    )
     keep_last: int = key(2, "newest checkpoints that stay", at_least=1)
     keep_best: bool = key(True, "the checkpoint with the lowest evaluation loss is saved and stays too")
 
