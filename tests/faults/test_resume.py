@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,11 +38,16 @@ def recipe(small_recipe: dict[str, Any]) -> dict[str, Any]:
     return small_recipe
 
 
-def start(recipe: dict[str, Any], tmp_path: Path, name: str) -> subprocess.Popen[str]:
+def start(recipe: dict[str, Any], tmp_path: Path, name: str, *, output_dir: str | None = None) -> subprocess.Popen[str]:
     path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**recipe, "output_dir": str(tmp_path / name)}))
+    path.write_text(yaml.safe_dump({**recipe, "output_dir": output_dir or str(tmp_path / name)}))
+    return trainkit(["fine-tune", str(path)], tmp_path, cwd=tmp_path)
+
+
+def trainkit(arguments: list[str], tmp_path: Path, *, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "trainkit", "fine-tune", str(path)],
+        [sys.executable, "-m", "trainkit", *arguments],
+        cwd=cwd,
         env={**os.environ, **ENVIRONMENT, "TRAINKIT_CACHE": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -106,17 +112,24 @@ def test_killed_three_times_and_stopped_once_it_ends_in_the_same_bits(
     assert_same_run(uninterrupted, tmp_path / "killed")
 
 
-def test_ctrl_c_saves_and_says_how_to_continue(recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path) -> None:
-    process = start(recipe, tmp_path, "stopped")
-    wait_for_step(tmp_path / "stopped", 5, process)
+def test_ctrl_c_saves_and_says_how_to_continue_from_anywhere(
+    recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path
+) -> None:
+    process = start(recipe, tmp_path, "stopped here", output_dir="stopped here")
+    wait_for_step(tmp_path / "stopped here", 5, process)
     process.send_signal(signal.SIGINT)
     code, said = finish(process)
     assert code == 130, said
     assert said.count("SIGINT received: saving") == 1
-    assert len(said.strip().splitlines()[-1]) < 400
-    code, said = finish(start(recipe, tmp_path, "stopped"))
+    last = said.strip().splitlines()[-1]
+    assert len(last) < 400
+    program, *arguments = shlex.split(last.partition("to continue: ")[2])
+    assert program == "trainkit"
+    (tmp_path / "elsewhere").mkdir()
+    code, said = finish(trainkit(arguments, tmp_path, cwd=tmp_path / "elsewhere"))
     assert code == 0, said
-    assert_same_run(uninterrupted, tmp_path / "stopped")
+    assert_same_run(uninterrupted, tmp_path / "stopped here")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_finished_run_is_left_alone(recipe: dict[str, Any], tmp_path: Path, uninterrupted: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from signal import Signals
@@ -20,6 +21,7 @@ from trainkit.memory.machine import is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
+from trainkit.recipe.reader import recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
 from trainkit.training.assembly import Base, assemble, base_fingerprint, read_base
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, retire_checkpoints, save_checkpoint
@@ -305,7 +307,7 @@ class Run:
         counters = self.trainer.counters
         raise Stopped(
             f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in {saved}; "
-            f"to continue: trainkit fine-tune {self.folder.recipe}",
+            f"to continue: trainkit fine-tune {shlex.quote(str(self.folder.recipe))}",
             by_keyboard=signal is Signals.SIGINT,
         )
 
@@ -334,7 +336,7 @@ class Run:
             self.base.tokenizer,
             self.folder.final,
             location=self.base.location,
-            recipe_yaml=self.folder.recipe.read_text(),
+            recipe_yaml=recipe_as_yaml(self.read.recipe),
             ledger_lines=ledger.lines(),
             metrics=asdict(counters),
             chat_template=self.encoder.chat_template,

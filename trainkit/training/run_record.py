@@ -138,11 +138,14 @@ def has_begun(folder: RunFolder) -> bool:
 
 
 def begin_run(folder: RunFolder, recipe: Recipe, *, data_key: str, base_model: str, micro_batch_size: int) -> RunRecord:
-    """Write the recipe and the record of a new run."""
+    """Write the recipe and the record of a new run.
+
+    The recipe names this very folder, so that from elsewhere too it continues this run and begins no other.
+    """
     record = RunRecord(
         run_id=secrets.token_hex(8), data_key=data_key, base_model=base_model, micro_batch_size=micro_batch_size
     )
-    write_atomically(folder.recipe, recipe_as_yaml(recipe))
+    write_atomically(folder.recipe, recipe_as_yaml(replace(recipe, output_dir=str(folder.root))))
     write_record(folder, record)
     return record
 
