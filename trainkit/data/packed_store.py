@@ -30,7 +30,6 @@ import os
 import shutil
 import tempfile
 import time
-from array import array
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ from trainkit.errors import DataError, MachineError
 from trainkit.run_folder import fsync_folder, permissions_for_new_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import DTypeLike, NDArray
 
@@ -52,6 +51,19 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".building-"
 ABANDONED_AFTER_SECONDS = 60.0
+DOCUMENT_FILES = (
+    "tokens",
+    "trained",
+    "offsets",
+    "targets",
+    "separators",
+    "sources",
+    "examples",
+    "digests",
+    "prompts",
+    "place-ends",
+    "places",
+)
 
 Part = Literal["train", "evaluation"]
 
@@ -220,22 +232,69 @@ class PackedRows:
         return int(self.plan.offsets_R[index]), int(self.plan.offsets_R[index + 1])
 
 
+@dataclass(frozen=True)
+class DocumentBatch:
+    """Documents on their way into a store, their tokens end to end; every document has at least one token.
+
+    The first token of a document is never a target, whatever ``trained_K`` says of it.
+    """
+
+    ids_K: NDArray[np.int32]
+    trained_K: NDArray[np.bool_]
+    lengths_N: NDArray[np.integer]
+    separators_N: NDArray[np.bool_]
+    """Whether the last token is a separator that was added to the example."""
+    has_prompt_N: NDArray[np.bool_]
+    """Whether the example has a prompt that can be answered."""
+    source: int
+    """Number of the source that all of them are from."""
+    examples_N: NDArray[np.integer]
+    """Number of the example within the source, from 0."""
+    digests_N: NDArray[np.uint64]
+    """Of the example's content; equal examples have equal digests."""
+    places: Sequence[str]
+    """Which example each is, as ``train.jsonl:12``."""
+
+
 class DocumentWriter:
-    """Takes documents one by one. Their tokens go to disk at once: memory grows with documents and not with tokens."""
+    """Takes documents in batches. All of it goes to disk at once: no memory grows with what was written."""
 
     def __init__(self, builder: FolderBuilder) -> None:
         self._builder = builder
-        self._tokens = builder.stream("tokens.bin")
-        self._trained = builder.stream("trained.bin")
-        self._places = builder.stream("places.bin")
-        self._offsets = array("q", [0])
-        self._targets = array("q")
-        self._separators = array("b")
-        self._sources = array("i")
-        self._examples = array("q")
-        self._digests = array("Q")
-        self._prompts = array("b")
-        self._place_ends = array("q")
+        self._append_to = {name: builder.stream(f"{name}.bin") for name in DOCUMENT_FILES}
+        self._append_to["offsets"](np.zeros(1, "<i8").tobytes())
+        self._documents = 0
+        self._tokens = 0
+        self._place_bytes = 0
+
+    def append_many(self, batch: DocumentBatch) -> None:
+        """Add the documents of ``batch``, in its order. Raises MachineError when the disk does not take them."""
+        lengths_N = np.asarray(batch.lengths_N, np.int64)
+        ends_N = np.cumsum(lengths_N)
+        assert batch.ids_K.size == batch.trained_K.size == (ends_N[-1] if ends_N.size else 0)
+        assert lengths_N.min(initial=1) > 0, batch.places[int(lengths_N.argmin())]
+        places = [place.encode(errors="backslashreplace") for place in batch.places]
+        place_ends_N = np.cumsum(np.fromiter(map(len, places), np.int64, len(places)))
+        columns: dict[str, NDArray[Any]] = {
+            "tokens": np.asarray(batch.ids_K, "<i4"),
+            "trained": np.asarray(batch.trained_K, np.bool_),
+            "offsets": (self._tokens + ends_N).astype("<i8"),
+            "targets": _targets(batch.trained_K, ends_N - lengths_N).astype("<i8"),
+            "separators": np.asarray(batch.separators_N, np.bool_),
+            "sources": np.full(lengths_N.size, batch.source, "<i4"),
+            "examples": np.asarray(batch.examples_N, "<i8"),
+            "digests": np.asarray(batch.digests_N, "<u8"),
+            "prompts": np.asarray(batch.has_prompt_N, np.bool_),
+            "place-ends": (self._place_bytes + place_ends_N).astype("<i8"),
+        }
+        of_documents = [values.size for name, values in columns.items() if name not in {"tokens", "trained"}]
+        assert of_documents == [len(places)] * len(of_documents)
+        for name, values in columns.items():
+            self._append_to[name](values.tobytes())
+        self._append_to["places"](b"".join(places))
+        self._documents += lengths_N.size
+        self._tokens += batch.ids_K.size
+        self._place_bytes += int(place_ends_N[-1]) if places else 0
 
     def append(
         self,
@@ -249,39 +308,34 @@ class DocumentWriter:
         has_prompt: bool,
         place: str,
     ) -> None:
-        """Add a document of at least one token. Raises MachineError when the disk does not take it."""
-        assert len(ids_T) == len(trained_T) > 0, place
-        self._tokens(np.ascontiguousarray(ids_T, "<i4").tobytes())
-        self._trained(np.ascontiguousarray(trained_T, np.bool_).tobytes())
-        encoded_place = place.encode(errors="backslashreplace")
-        self._places(encoded_place)
-        self._offsets.append(self._offsets[-1] + len(ids_T))
-        self._targets.append(int(np.count_nonzero(trained_T[1:])))
-        self._separators.append(separator)
-        self._sources.append(source)
-        self._examples.append(example)
-        self._digests.append(digest)
-        self._prompts.append(has_prompt)
-        self._place_ends.append((self._place_ends[-1] if self._place_ends else 0) + len(encoded_place))
+        """Add one document of at least one token; :meth:`append_many` is far faster for many of them."""
+        self.append_many(
+            DocumentBatch(
+                ids_K=np.asarray(ids_T, np.int32),
+                trained_K=np.asarray(trained_T, np.bool_),
+                lengths_N=np.array([len(ids_T)]),
+                separators_N=np.array([separator]),
+                has_prompt_N=np.array([has_prompt]),
+                source=source,
+                examples_N=np.array([example]),
+                digests_N=np.array([digest], np.uint64),
+                places=[place],
+            )
+        )
 
     def __len__(self) -> int:
-        return len(self._targets)
+        return self._documents
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the numbers of all documents, and ``facts`` beside them."""
-        tables: dict[str, tuple[array[int], DTypeLike]] = {
-            "offsets": (self._offsets, "<i8"),
-            "targets": (self._targets, "<i8"),
-            "separators": (self._separators, np.bool_),
-            "sources": (self._sources, "<i4"),
-            "examples": (self._examples, "<i8"),
-            "digests": (self._digests, "<u8"),
-            "prompts": (self._prompts, np.bool_),
-            "place-ends": (self._place_ends, "<i8"),
-        }
-        for name, (values, dtype) in tables.items():
-            self._builder.write(name, np.array(values, dtype))
+        """Note ``facts`` beside the documents."""
         self._builder.facts = facts
+
+
+def _targets(trained_K: NDArray[np.bool_], begins_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Trained tokens of each document that begins at ``begins_N``, without the first, which nothing predicts."""
+    if not begins_N.size:
+        return np.zeros(0, np.int64)
+    return np.add.reduceat(trained_K, begins_N, dtype=np.int64) - trained_K[begins_N]
 
 
 def write_rows(
