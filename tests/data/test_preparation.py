@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from trainkit.data.conversations import Conversation, Message, ParsedExample, PlainText, PromptCompletion
 from trainkit.data.packed_store import PackedRows
@@ -37,6 +38,7 @@ class Letters:
     separator_tokens: int
     turns: int = 0
     ended_turns: int = 0
+    spoken_specials: int = 0
 
 
 @dataclass
@@ -49,6 +51,11 @@ class LetterEncoder:
     @property
     def tokenizer(self) -> "LetterEncoder":
         return self
+
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """Nothing that tokens could be spelled by, so that every example comes here."""
+        return Tokenizer(models.BPE())
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(map(chr, ids))

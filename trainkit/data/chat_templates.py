@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from trainkit.data.template_reading import only_places_texts
 from trainkit.errors import ModelError, UsageError
 from trainkit.run_folder import expanded
 
@@ -44,7 +45,10 @@ def shipped_template_names() -> list[str]:
 
 
 class ChatTemplate:
-    """The Jinja program that turns messages into the text a model is trained on. Raises ModelError if it is none."""
+    """The Jinja program that turns messages into the text a model is trained on. Raises ModelError if it is none.
+
+    ``only_places_texts``: what it writes depends on the texts of messages only by holding them.
+    """
 
     def __init__(self, text: str, name: str, special_tokens: Mapping[str, Any]) -> None:
         import jinja2
@@ -54,7 +58,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._watch = _Watch()
         try:
-            self._compiled = _compile(text, self._watch)
+            self._compiled, self.only_places_texts = _compile(text, self._watch)
         except jinja2.TemplateError as error:
             line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ModelError(f"{name}{line}: the chat template is not valid Jinja: {_first_line(error)}") from error
@@ -173,8 +177,10 @@ class _Watch:
             yield part
 
 
-def _compile(text: str, watch: _Watch) -> jinja2.Template:
+def _compile(text: str, watch: _Watch) -> tuple[jinja2.Template, bool]:
     """``text`` compiled in the sandbox of transformers, with ``watch`` put into its loops and calls.
+
+    And whether it only puts texts in their places (:mod:`trainkit.data.template_reading`).
 
     A loop is watched through a filter around what it iterates over, a call through the hook that the sandbox has for
     every call, and ``*`` and ``**`` through its hook for operators. An attribute that the sandbox hides raises instead
@@ -198,10 +204,11 @@ def _compile(text: str, watch: _Watch) -> jinja2.Template:
     sandbox.call_binop = partial(_bounded, sandbox.binop_table)
     sandbox.filters = {**sandbox.filters, "trainkit_watched": watch.turns}
     tree = sandbox.parse(text)
+    places_only = only_places_texts(tree)
     for loop in tree.find_all(nodes.For):
         loop.iter = nodes.Filter(loop.iter, "trainkit_watched", [], [], None, None, lineno=loop.lineno)
     code = sandbox.compile(tree, "chat template", "chat template")
-    return jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None))
+    return jinja2.Template.from_code(sandbox, code, sandbox.make_globals(None)), places_only
 
 
 def _out_of_bounds(_: Any, attribute: str) -> NoReturn:

@@ -5,6 +5,11 @@
 Whatever is lost on the way is an error that names the example: text that a template drops, characters that the
 tokenizer does not give back, a span whose tokens do not decode to it.
 
+A special token is one only where the template writes it: a message that contains the text ``<|im_end|>`` says these
+characters and ends no turn. Plain texts, prompts and completions are their author's own markup and are read as such.
+
+This is the reference, one example at a time; :mod:`trainkit.data.bulk_encoding` gives the same documents many at once.
+
 Legend: T tokens of a document.
 """
 
@@ -24,6 +29,7 @@ import numpy as np
 
 from trainkit.data.chat_templates import ChatTemplate, TemplateProblem, find_template
 from trainkit.data.conversations import Conversation, ParsedExample, PromptCompletion
+from trainkit.data.spoken_specials import SpecialTokens
 from trainkit.data.turns import check_nothing_lost, end_tokens_of, find_turns
 from trainkit.errors import DataError, ModelError, UsageError
 
@@ -36,7 +42,7 @@ if TYPE_CHECKING:
 
     from trainkit.recipe.schema import Data, Packing
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Part of every fingerprint: raise it when the same example would get other tokens or another mask."""
 _MADE_OF_BYTES = "\ufffd"
 
@@ -46,7 +52,8 @@ class Encoded:
     """A document: its ``ids`` and whether each is ``trained``, both of shape (T,): trained[t] makes token t a target.
 
     The first token is never a target: nothing stands before it. ``separator_tokens`` (0 or 1) of the last tokens were
-    added by us. ``turns`` counts the trained turns of a conversation, ``ended_turns`` those whose end is trained too.
+    added by us. ``turns`` counts the trained turns of a conversation, ``ended_turns`` those whose end is trained too;
+    ``spoken_specials`` counts the texts of special tokens that its messages say.
     """
 
     ids: NDArray[np.int32]
@@ -54,6 +61,7 @@ class Encoded:
     separator_tokens: int = 0
     turns: int = 0
     ended_turns: int = 0
+    spoken_specials: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +74,11 @@ class Prompt:
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A document as text, with the characters that are trained."""
+class Draft:
+    """A document as text, with the characters that are trained.
+
+    ``spoken`` are the characters of special tokens' texts that messages say, in order.
+    """
 
     place: str
     text: str
@@ -75,6 +86,7 @@ class _Draft:
     is_chat: bool = False
     turns: int = 0
     ended_turns: int = 0
+    spoken: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(slots=True)
@@ -98,31 +110,38 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, packing: Packing) -> None:
         self.tokenizer = tokenizer
         self._name = tokenizer.name_or_path
-        self._train_all = data.train_on == "all"
-        self._text_tokenizer = text_tokenizer(tokenizer)
-        self._prefix = _ids_before_text(tokenizer)
+        self.train_all = data.train_on == "all"
+        self.text_tokenizer = text_tokenizer(tokenizer)
+        self.prefix = _ids_before_text(tokenizer)
         self._chosen_template = data.chat_template
         self._templates: dict[bool, tuple[ChatTemplate, tuple[str, ...]]] = {}
-        self._separator = self._separator_id(packing.separator)
-        self._document_ends = {one for one in (self._separator, tokenizer.eos_token_id) if one is not None}
+        self.separator = self._separator_id(packing.separator)
+        """Id of the token that is put behind a document that has no end of its own; None: none is."""
+        self.document_ends = {one for one in (self.separator, tokenizer.eos_token_id) if one is not None}
         self._added = _AddedTokens(tokenizer)
+        self.special = SpecialTokens(tokenizer, self.text_tokenizer)
         self.chat_template: Any = tokenizer.chat_template
         """Jinja text to be saved with the result (a mapping where the tokenizer has several); None without one."""
         if data.chat_template is not None:
-            self.chat_template = self._template(tools=False)[0].text
+            self.chat_template = self.template(tools=False)[0].text
         self._settings = [ENCODING_VERSION, data.train_on, packing.separator, self.chat_template]
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what decides ids and mask: tokenizer, special tokens, template, recipe, our version."""
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        said = json.dumps([*self._settings, special, self._text_tokenizer.to_str(), self._prefix], sort_keys=True)
+        said = json.dumps([*self._settings, special, self.tokenizer_json, self.prefix], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
+
+    @cached_property
+    def tokenizer_json(self) -> str:
+        """The engine of the tokenizer, as tokenizer.json describes it."""
+        return str(self.text_tokenizer.to_str())
 
     @cached_property
     def largest_token_id(self) -> int:
         """The largest id that a document can hold; the model's embedding must have a row for it."""
-        return max(self._text_tokenizer.get_vocab(with_added_tokens=True).values())
+        return max(self.text_tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, parsed: ParsedExample, place: str) -> Encoded:
         """The document of one example; ``place`` names it in errors. See :meth:`encode_many`."""
@@ -134,9 +153,9 @@ class Encoder:
         Raises ModelError, naming the example, when the chat template cannot render it or loses a part of it, and when
         the tokenizer does not give the text back; DataError when a text is not valid Unicode.
         """
-        drafts = [self._draft(parsed, place) for parsed, place in examples]
+        drafts = [self.draft(parsed, place) for parsed, place in examples]
         try:
-            encodings = self._text_tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
+            encodings = self.text_tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError(f"{_with_surrogate(drafts)}: the text holds half a surrogate pair; remove it") from error
         documents = [self._tokens(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True)]
@@ -150,7 +169,7 @@ class Encoder:
         None for plain text, and where nothing stands before the answer.
         """
         if isinstance(parsed, PromptCompletion):
-            bare = self._ids(parsed.prompt)
+            bare = self.special.tokens(parsed.prompt, ())[0].tolist()
             ids = [*self._missing_prefix(bare), *bare]
             return Prompt(tuple(ids), parsed.prompt, parsed.completion) if ids else None
         if not isinstance(parsed, Conversation):
@@ -158,77 +177,86 @@ class Encoder:
         answers = [index for index, message in enumerate(parsed.messages) if message.role == "assistant"]
         if not answers or answers[-1] == 0:
             return None
-        template, _ = self._template(tools=parsed.tools is not None)
+        template, _ = self.template(tools=parsed.tools is not None)
+        asked = Conversation(parsed.messages[: answers[-1]], parsed.tools)
         try:
-            text = template.render(parsed.messages[: answers[-1]], parsed.tools, generation_prompt=True)
+            text = template.render(asked.messages, asked.tools, generation_prompt=True)
+            spoken = self.special.spoken(template, asked, text, generation_prompt=True)
         except TemplateProblem as problem:
             raise _not_rendered(place, template, problem) from problem
-        return Prompt(tuple(self._ids(text)), text, parsed.messages[answers[-1]].content)
+        ids = self.special.tokens(text, spoken)[0].tolist()
+        return Prompt(tuple(ids), text, parsed.messages[answers[-1]].content)
 
-    def _draft(self, parsed: ParsedExample, place: str) -> _Draft:
+    def draft(self, parsed: ParsedExample, place: str) -> Draft:
+        """The text of an example and what of it is trained. Raises ModelError where a template cannot render it."""
         if isinstance(parsed, Conversation):
             return self._conversation_draft(parsed, place)
         if isinstance(parsed, PromptCompletion):
             text = parsed.prompt + parsed.completion
-            start = 0 if self._train_all else len(parsed.prompt)
+            start = 0 if self.train_all else len(parsed.prompt)
         else:
             text, start = parsed.text, 0
-        return _Draft(place, text, [(start, len(text))])
+        return Draft(place, text, [(start, len(text))])
 
-    def _conversation_draft(self, conversation: Conversation, place: str) -> _Draft:
-        template, end_tokens = self._template(tools=conversation.tools is not None)
+    def _conversation_draft(self, conversation: Conversation, place: str) -> Draft:
+        template, end_tokens = self.template(tools=conversation.tools is not None)
         try:
             text = template.render(conversation.messages, conversation.tools)
             check_nothing_lost(conversation, text)
-            turns = () if self._train_all else find_turns(template, conversation, text, end_tokens)
+            turns = () if self.train_all else find_turns(template, conversation, text, end_tokens)
+            spoken = self.special.spoken(template, conversation, text)
         except TemplateProblem as problem:
             raise _not_rendered(place, template, problem) from problem
-        spans = [(0, len(text))] if self._train_all else [(turn.start, turn.end) for turn in turns]
-        return _Draft(place, text, spans, True, len(turns), sum(turn.ended for turn in turns))
+        spans = [(0, len(text))] if self.train_all else [(turn.start, turn.end) for turn in turns]
+        return Draft(place, text, spans, True, len(turns), sum(turn.ended for turn in turns), spoken)
 
-    def _tokens(self, draft: _Draft, encoding: Encoding) -> _Tokens:
-        tokens = _as_arrays(encoding)
+    def _tokens(self, draft: Draft, encoding: Encoding) -> _Tokens:
+        tokens = _Tokens(*self.special.tokens(draft.text, draft.spoken)) if draft.spoken else _as_arrays(encoding)
         if cuts := [start for start, _ in draft.spans if _runs_into(tokens, draft.text, start)]:
-            apart = self._cut_apart(draft.text, cuts)
-            if _same_text(self._text_tokenizer.decode(apart.ids.tolist(), skip_special_tokens=False), draft.text):
+            apart = self._cut_apart(draft, cuts)
+            if _same_text(self.text_tokenizer.decode(apart.ids.tolist(), skip_special_tokens=False), draft.text):
                 tokens = apart
         tokens.spans = [_tokens_inside(tokens, draft.text, *span) for span in draft.spans]
         return tokens
 
-    def _cut_apart(self, text: str, cuts: list[int]) -> _Tokens:
+    def _cut_apart(self, draft: Draft, cuts: list[int]) -> _Tokens:
         """The text tokenised in parts, as it is in use: the prompt by itself, then what the model writes."""
-        edges = [0, *cuts, len(text)]
-        parts = [text[start:end] for start, end in pairwise(edges)]
-        arrays = [_as_arrays(one) for one in self._text_tokenizer.encode_batch(parts, add_special_tokens=False)]
+        edges = list(pairwise([0, *cuts, len(draft.text)]))
+        parts = [
+            self.special.tokens(
+                draft.text[start:end], [(a - start, b - start) for a, b in draft.spoken if start <= a and b <= end]
+            )
+            for start, end in edges
+        ]
         return _Tokens(
-            np.concatenate([one.ids for one in arrays]),
-            np.concatenate([one.starts + start for one, start in zip(arrays, edges[:-1], strict=True)]),
-            np.concatenate([one.ends + start for one, start in zip(arrays, edges[:-1], strict=True)]),
+            np.concatenate([ids for ids, _, _ in parts]),
+            np.concatenate([starts + at for (_, starts, _), (at, _) in zip(parts, edges, strict=True)]),
+            np.concatenate([ends + at for (_, _, ends), (at, _) in zip(parts, edges, strict=True)]),
         )
 
-    def _encoded(self, draft: _Draft, tokens: _Tokens) -> Encoded:
+    def _encoded(self, draft: Draft, tokens: _Tokens) -> Encoded:
         """Ids and mask, with the BOS token before a plain text and the separator behind the document."""
-        prefix = [] if draft.is_chat else self._missing_prefix(tokens.ids[: len(self._prefix)].tolist())
+        prefix = [] if draft.is_chat else self._missing_prefix(tokens.ids[: len(self.prefix)].tolist())
         ids = np.concatenate([np.asarray(prefix, np.int32), tokens.ids])
-        trained = np.full(ids.size, self._train_all, np.bool_)
+        trained = np.full(ids.size, self.train_all, np.bool_)
         for first, last in tokens.spans:
             trained[len(prefix) + first : len(prefix) + last] = True
         ended_turns = draft.ended_turns
-        separated = self._separator is not None and not self._is_ended(draft.text, tokens)
+        separated = self.separator is not None and not self._is_ended(draft.text, tokens)
         if separated:
             follows_trained = bool(trained.size and trained[-1])
-            ids = np.append(ids, np.int32(self._separator or 0))
+            ids = np.append(ids, np.int32(self.separator or 0))
             trained = np.append(trained, follows_trained)
             ended_turns += follows_trained and ended_turns < draft.turns  # a last turn that the template left open
         trained[:1] = False
-        return Encoded(ids, trained, int(separated), draft.turns, ended_turns)
+        return Encoded(ids, trained, int(separated), draft.turns, ended_turns, len(draft.spoken))
 
     def _is_ended(self, text: str, tokens: _Tokens) -> bool:
         """Whether an end-of-sequence token stands before the document's trailing white space."""
         last = int(np.searchsorted(tokens.starts, len(text.rstrip()), "left")) - 1
-        return last >= 0 and int(tokens.ids[last]) in self._document_ends
+        return last >= 0 and int(tokens.ids[last]) in self.document_ends
 
-    def _check_round_trip(self, drafts: Sequence[_Draft], documents: Sequence[_Tokens]) -> None:
+    def _check_round_trip(self, drafts: Sequence[Draft], documents: Sequence[_Tokens]) -> None:
         decoded = self._decode(tokens.ids.tolist() for tokens in documents)
         for draft, text in zip(drafts, decoded, strict=True):
             if text != draft.text and not self._added.given_back(draft.text, text):
@@ -236,7 +264,7 @@ class Encoder:
                     f"{draft.place}: {self._name}: the tokenizer {_loss(draft.text, text)}; use its original files"
                 )
 
-    def _check_spans(self, drafts: Sequence[_Draft], documents: Sequence[_Tokens]) -> None:
+    def _check_spans(self, drafts: Sequence[Draft], documents: Sequence[_Tokens]) -> None:
         """Decode what is trained. White space is not compared: some tokenizers begin every text with a space."""
         found = [
             (draft, draft.text[tokens.starts[first] : tokens.ends[last - 1]], tokens.ids[first:last].tolist())
@@ -252,19 +280,16 @@ class Encoder:
                 )
 
     def _decode(self, sequences: Iterable[list[int]]) -> list[str]:
-        return self._text_tokenizer.decode_batch(list(sequences), skip_special_tokens=False)
-
-    def _ids(self, text: str) -> list[int]:
-        return self._text_tokenizer.encode(text, add_special_tokens=False).ids
+        return self.text_tokenizer.decode_batch(list(sequences), skip_special_tokens=False)
 
     def _missing_prefix(self, ids: list[int]) -> list[int]:
         """The BOS token that the tokenizer puts before a plain text; nothing where the text begins with it already."""
-        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+        return [] if ids[: len(self.prefix)] == self.prefix else self.prefix
 
-    def _template(self, *, tools: bool) -> tuple[ChatTemplate, tuple[str, ...]]:
+    def template(self, *, tools: bool) -> tuple[ChatTemplate, tuple[str, ...]]:
         """The template for conversations with or without tools, and the tokens that end a turn in it."""
         if tools not in self._templates:
-            template = find_template(self.tokenizer, self._chosen_template, adds_bos=bool(self._prefix), tools=tools)
+            template = find_template(self.tokenizer, self._chosen_template, adds_bos=bool(self.prefix), tools=tools)
             end_tokens = end_tokens_of(template, self._added.texts, self.tokenizer.eos_token)
             self._templates[tools] = (template, end_tokens)
         return self._templates[tools]
@@ -279,7 +304,7 @@ class Encoder:
                     "set packing.separator to one of its tokens, or to none"
                 )
             return int(self.tokenizer.eos_token_id)
-        found = self._text_tokenizer.token_to_id(separator)
+        found = self.text_tokenizer.token_to_id(separator)
         if found is None:
             raise UsageError(
                 f"packing.separator: {separator!r} is not in the vocabulary of {self._name}; "
@@ -414,7 +439,7 @@ def _loss(text: str, decoded: str) -> str:
     return f"{what}: {text[around]!r} comes back as {decoded[around]!r}"
 
 
-def _with_surrogate(drafts: Sequence[_Draft]) -> str:
+def _with_surrogate(drafts: Sequence[Draft]) -> str:
     """The place of the first text that cannot be UTF-8."""
     for draft in drafts:
         try:

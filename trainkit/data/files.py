@@ -1,8 +1,9 @@
 """Files of examples: bytes on disk → records, one at a time, each with its place.
 
-jsonl, csv, parquet and txt are read as a stream: memory holds one line (one file for txt, one row group for
-parquet), never the file. A ``.json`` file that holds one list is read as text in full; its items are decoded one by
-one. Text must be UTF-8 (a byte order mark is fine). ``.gz`` may stand behind every text type.
+jsonl, csv, parquet and txt are read as a stream: memory holds a block of about a megabyte (one line where that is
+longer, one file for txt, one row group for parquet), never the file. A ``.json`` file that holds one list is read as
+text in full; its items are decoded one by one. Text must be UTF-8 (a byte order mark is fine). ``.gz`` may stand behind
+every text type.
 
 Whatever does not read exactly as written is a DataError of one line that starts with ``file:line``.
 """
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import zlib
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from trainkit.data.strict_json import broken, checked_record, fault_in_strings, json_records, parse_json
@@ -39,6 +42,8 @@ KINDS: dict[str, Kind] = {
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PARQUET_BATCH_ROWS = 512
+BLOCK_BYTES = 2**20
+BLOCK_RECORDS = 2048
 _LARGEST_CSV_FIELD_CHARACTERS = 2**31 - 1
 
 
@@ -56,21 +61,69 @@ def kind_of(path: Path) -> Kind | None:
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def read_file(path: Path, name: str) -> Iterator[tuple[str, object]]:
-    """(place, record) of every example in the file, in order; ``name`` is what the places call the file.
+def read_file_blocks(path: Path, name: str) -> Iterator[LinesBlock | RecordsBlock]:
+    """The file in blocks, in order; ``name`` is what places call the file.
 
-    A record is a dict, a list or a string. Blank lines of a jsonl file are no examples. A txt file is one example.
-    Raises DataError for what cannot be read, and for a file without examples.
+    A block's ``records()`` are (place, record); a record is a dict, a list or a string. Blank lines of a jsonl file are
+    no examples. A txt file is one example. Raises DataError for what cannot be read, and for a file without examples;
+    lines of jsonl are decoded, and found broken, only by ``records()``.
     """
     kind = kind_of(path)
     assert kind is not None, f"{path} has no known type"
     found = False
     with _opened(path, name) as file:
-        for place, record in _records(kind, file, name):
-            found = True
-            yield place, record
+        for block in _blocks(kind, file, name):
+            found = found or block.holds_something
+            yield block
     if not found:
         raise DataError(f"{name} has 0 examples")
+
+
+def _blocks(kind: Kind, file: IO[bytes], name: str) -> Iterator[LinesBlock | RecordsBlock]:
+    if kind == "jsonl" or (kind == "json" and _starts_as_jsonl(file, name)):
+        file.seek(0)
+        yield from _jsonl_blocks(file, name)
+        return
+    file.seek(0)
+    records: list[tuple[str, object]] = []
+    size = 0
+    for place, record in _records(kind, file, name):
+        records.append((place, record))
+        size += characters(record)
+        if len(records) == BLOCK_RECORDS or size >= BLOCK_BYTES:
+            yield RecordsBlock(records)
+            records, size = [], 0
+    if records:
+        yield RecordsBlock(records)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordsBlock:
+    """Records that are decoded already, each with its place."""
+
+    decoded: list[tuple[str, object]]
+
+    @property
+    def holds_something(self) -> bool:
+        """Always: no empty block is made."""
+        return True
+
+    def records(self) -> Iterator[tuple[str, object]]:
+        """(place, record) of every example."""
+        yield from self.decoded
+
+
+def characters(record: object) -> int:
+    """About how much text a record holds.
+
+    >>> characters({"messages": [{"role": "user", "content": "hello"}]})
+    9
+    """
+    if isinstance(record, str):
+        return len(record)
+    if isinstance(record, dict):
+        return sum(map(characters, record.values()))
+    return sum(map(characters, record)) if isinstance(record, list) else 0
 
 
 # --- bytes → text --------------------------------------------------------------------------------------------------
@@ -158,33 +211,59 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
 # --- the types of files ----------------------------------------------------------------------------------------------
 
 
-def _jsonl_records(file: IO[bytes], name: str) -> Iterator[tuple[str, object]]:
-    for number, line in _lines(file, name):
-        if not line.strip(" \t\r\n"):
-            continue
-        place = f"{name}:{number}"
-        try:
-            value = parse_json(line)
-        except json.JSONDecodeError as error:
-            written = line.rstrip()
-            if not line.endswith("\n") and (error.pos >= len(written) or not written.endswith(("}", "]"))):
-                raise DataError(
-                    f"{place}: the last line is cut off: its JSON breaks near {shown(line[-40:])} and no newline "
-                    "follows; copy the file again, or remove the line"
-                ) from error
-            raise broken(error, place) from error
-        except ValueError as error:
-            raise DataError(f"{place}: {error}") from error
-        yield place, checked_record(value, place, escapes="\\u" in line)
+@dataclass(frozen=True, slots=True)
+class LinesBlock:
+    """Whole lines of a jsonl file as they lie there, to be decoded wherever there is a free processor."""
+
+    name: str
+    first_line: int
+    first_byte: int
+    data: bytes
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether a line is not blank."""
+        return bool(self.data.strip(b" \t\r\n\xef\xbb\xbf"))
+
+    def records(self) -> Iterator[tuple[str, object]]:
+        """(place, record) of every line that is not blank. Raises DataError."""
+        offset = self.first_byte
+        for number, data in enumerate(io.BytesIO(self.data), start=self.first_line):
+            line = _decode(data, self.name, number, offset)
+            offset += len(data)
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            if line.strip(" \t\r\n"):
+                place = f"{self.name}:{number}"
+                yield place, _record_of_line(line, place)
 
 
-def _json_records(file: IO[bytes], name: str) -> Iterator[tuple[str, object]]:
-    lines_of_json = _starts_as_jsonl(file, name)
-    file.seek(0)
-    if lines_of_json:
-        yield from _jsonl_records(file, name)
-        return
-    yield from json_records(_whole_text(file, name), name)
+def _jsonl_blocks(file: IO[bytes], name: str) -> Iterator[LinesBlock]:
+    """The lines of a jsonl file in blocks of about ``BLOCK_BYTES``. Raises DataError for UTF-16."""
+    line, offset = 1, 0
+    while data := file.read(BLOCK_BYTES):
+        data += file.readline()
+        if offset == 0:
+            _check_start(data[:64], name)
+        yield LinesBlock(name, line, offset, data)
+        line += data.count(b"\n")
+        offset += len(data)
+
+
+def _record_of_line(line: str, place: str) -> object:
+    try:
+        value = parse_json(line)
+    except json.JSONDecodeError as error:
+        written = line.rstrip()
+        if not line.endswith("\n") and (error.pos >= len(written) or not written.endswith(("}", "]"))):
+            raise DataError(
+                f"{place}: the last line is cut off: its JSON breaks near {shown(line[-40:])} and no newline "
+                "follows; copy the file again, or remove the line"
+            ) from error
+        raise broken(error, place) from error
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
+    return checked_record(value, place, escapes="\\u" in line)
 
 
 def _starts_as_jsonl(file: IO[bytes], name: str) -> bool:
@@ -290,10 +369,8 @@ def _pruned(value: Any) -> Any:
 
 def _records(kind: Kind, file: IO[bytes], name: str) -> Iterator[tuple[str, object]]:
     match kind:
-        case "jsonl":
-            return _jsonl_records(file, name)
-        case "json":
-            return _json_records(file, name)
+        case "jsonl" | "json":
+            return json_records(_whole_text(file, name), name)
         case "csv":
             return _csv_records(file, name, None)
         case "tsv":

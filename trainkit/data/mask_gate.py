@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trainkit.errors import DataError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
+    from trainkit.data.document_stream import EncodedBlock
     from trainkit.data.encoding import Encoded
 
 TOKENS_SHOWN = 48
@@ -18,7 +22,8 @@ TOKENS_SHOWN = 48
 @dataclass(frozen=True, slots=True)
 class _Sample:
     place: str
-    encoded: Encoded
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
 
 
 class MaskGate:
@@ -40,9 +45,33 @@ class MaskGate:
         self._turns += encoded.turns
         self._ended_turns += encoded.ended_turns
         if not trained and self._untrained is None:
-            self._untrained = _Sample(place, encoded)
+            self._untrained = _Sample(place, encoded.ids, encoded.trained)
         if encoded.ended_turns < encoded.turns and self._open is None:
-            self._open = _Sample(place, encoded)
+            self._open = _Sample(place, encoded.ids, encoded.trained)
+
+    def observe_block(self, block: EncodedBlock) -> None:
+        """Count the documents of a block."""
+        documents = block.documents
+        if not documents.places:
+            return
+        ends_N = np.cumsum(documents.lengths_N)
+        begins_N = ends_N - documents.lengths_N
+        trained_N = np.add.reduceat(documents.trained_K, begins_N, dtype=np.int64)
+        self._documents += len(documents.places)
+        self._tokens += documents.ids_K.size
+        self._trained_tokens += int(trained_N.sum())
+        self._turns += int(block.turns_N.sum())
+        self._ended_turns += int(block.ended_turns_N.sum())
+
+        def first_of(number: int) -> _Sample:
+            part = slice(int(begins_N[number]), int(ends_N[number]))
+            return _Sample(documents.places[number], documents.ids_K[part], documents.trained_K[part])
+
+        if self._untrained is None and not trained_N.all():
+            self._untrained = first_of(int(np.argmin(trained_N != 0)))
+        open_N = block.ended_turns_N < block.turns_N
+        if self._open is None and open_N.any():
+            self._open = first_of(int(np.argmax(open_N)))
 
     def check(self) -> None:
         """Raise DataError, with one example token by token, when nothing is trained or no turn's end is."""
@@ -60,7 +89,7 @@ class MaskGate:
 
     def _shown(self, sample: _Sample) -> str:
         """The last tokens of an example, one a line: position, id, text; a star marks what is trained."""
-        ids, trained = sample.encoded.ids, sample.encoded.trained
+        ids, trained = sample.ids, sample.trained
         first = max(0, ids.size - TOKENS_SHOWN)
         texts = (self._tokenizer.decode([int(one)], clean_up_tokenization_spaces=False) for one in ids[first:])
         lines = [

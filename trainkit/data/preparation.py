@@ -2,6 +2,8 @@
 
 sources → recognised → parsed → encoded → the documents' store → train or held out → rows → ledger
 
+What happens to each example on its way into the store is in :mod:`trainkit.data.document_stream`.
+
 The key is a hash of everything that the rows depend on: the bytes of the data files, the encoder's own fingerprint
 (tokenizer, template, what is trained), the data and packing sections, the seed, and the format of the store. Documents
 have a shorter key of their own, so that another sequence_length, mix or seed does not tokenise again.
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from trainkit.data.bulk_encoding import BulkEncoder, EnginesDiffer
 from trainkit.data.conversations import Conversation, Dropped, Message, PlainText, PromptCompletion, parse
-from trainkit.data.formats import recognise
+from trainkit.data.document_stream import canonical_json, encoded_blocks, recognised_source
 from trainkit.data.mask_gate import MaskGate
 from trainkit.data.packed_store import (
     FORMAT_VERSION,
@@ -42,24 +45,18 @@ from trainkit.data.sources import read_source, source_files
 from trainkit.errors import DataError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from trainkit.data.conversations import ParsedExample
     from trainkit.data.encoding import Encoder
-    from trainkit.data.formats import Recognised
     from trainkit.data.packed_store import Part, PlannedRows
-    from trainkit.data.sources import Example
     from trainkit.recipe.schema import Data, Recipe, Source
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of a stage, what is done of it, and of how much (None: not known); done == total ends it."""
 
-LOOKED_AT = 100
-"""Examples from which a source's format is recognised."""
-EXAMPLES_AT_ONCE = 256
-BYTES_AT_ONCE = 2**22
 MANY_PASSES = 3.0
 PLACES_NAMED = 3
 
@@ -118,11 +115,7 @@ def prepare(
 
     found = not anew and _is_sound(documents_folder, "documents", documents_key, warnings)
     if not found:
-        with building(documents_folder, "documents", documents_key, replace=anew) as builder:
-            writer = DocumentWriter(builder)
-            seen = [_encode_source(*source, encoder, writer, on_progress) for source in enumerate(sources)]
-            writer.finish({"sources": seen})
-            _refuse_changed_files(sources, before)
+        _write_documents(documents_folder, documents_key, sources, encoder, on_progress, before, replace=anew)
     found = found and _is_sound(rows_folder, "rows", rows_key, warnings)
     if not found:
         documents = Documents.open(documents_folder)
@@ -143,6 +136,7 @@ def prepare(
         sentences=(
             *warnings,
             *(source["sentence"] for source in train.documents.facts["sources"]),
+            *_encoding_sentences(train.documents, sources),
             *read_facts(rows_folder, "rows")["sentences"],
             f"{'found again' if found else 'kept'} in {rows_folder}",
         ),
@@ -178,7 +172,7 @@ def _content_hash(source: Source, on_progress: Progress) -> list[str]:
     if not files:
         total = hashlib.sha256()
         for example in read_source(source):
-            total.update(_canonical(example.record))
+            total.update(canonical_json(example.record))
         return [total.hexdigest()]
     hashes = []
     for index, file in enumerate(files):
@@ -210,13 +204,8 @@ def _refuse_changed_files(sources: Sequence[Source], before: Mapping[Path, tuple
         raise DataError(f"{min(changed)} changed while it was read; run again when it is complete")
 
 
-def _canonical(value: object) -> bytes:
-    """One text for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
-
-
 def _hash_of(*values: object) -> str:
-    return hashlib.sha256(_canonical(values)).hexdigest()[:32]
+    return hashlib.sha256(canonical_json(values)).hexdigest()[:32]
 
 
 def _is_sound(folder: Path, kind: Literal["documents", "rows"], key: str, warnings: list[str]) -> bool:
@@ -233,83 +222,77 @@ def _is_sound(folder: Path, kind: Literal["documents", "rows"], key: str, warnin
 # --- examples to documents -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Item:
-    """An example on its way to its document; ``number`` counts within its source."""
+def _write_documents(
+    folder: Path,
+    key: str,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    on_progress: Progress,
+    before: Mapping[Path, tuple[int, int]],
+    *,
+    replace: bool,
+) -> None:
+    """Encode every source into a documents' store, fast; by the reference alone where the two disagree.
 
-    number: int
-    example: Example
-    content: bytes
+    Raises DataError where files are not as they were ``before``.
+    """
+    differing = None
+    for trusted in (True, False):
+        bulk = BulkEncoder(encoder, trusted=trusted)
+        try:
+            with building(folder, "documents", key, replace=replace) as builder:
+                writer = DocumentWriter(builder)
+                seen = [_encode_source(*source, bulk, writer, on_progress) for source in enumerate(sources)]
+                writer.finish({"sources": seen, "encoding": _how_encoded(bulk, differing)})
+                _refuse_changed_files(sources, before)
+        except EnginesDiffer as place:
+            differing = str(place)
+        else:
+            return
+
+
+def _how_encoded(bulk: BulkEncoder, differing: str | None) -> str | None:
+    """What a person should know of how tokens were made; None where there is nothing to say."""
+    if differing is not None:
+        return (
+            f"warning: {differing}: fast encoding came to other tokens or masks than the tokenizer itself; everything "
+            "was encoded by the tokenizer instead, one by one; please report it"
+        )
+    return None if bulk.slow_reason is None else f"tokenised by tokenizers: {bulk.slow_reason}"
 
 
 def _encode_source(
-    number: int, source: Source, encoder: Encoder, writer: DocumentWriter, on_progress: Progress
+    number: int, source: Source, bulk: BulkEncoder, writer: DocumentWriter, on_progress: Progress
 ) -> dict[str, Any]:
     """Write the tokens of every example; returns what was seen: the source's sentence, counts, first drops.
 
     Raises DataError where the masks of the whole source cannot be meant (:class:`MaskGate`).
     """
-    recognised, examples = _opened(source)
-    gate = MaskGate(encoder.tokenizer)
+    recognised = recognised_source(source)
+    gate = MaskGate(bulk.tokenizer)
     dropped: Counter[str] = Counter()
     places: defaultdict[str, list[str]] = defaultdict(list)
-
-    def drop(reason: str, place: str) -> None:
-        dropped[reason] += 1
-        if dropped[reason] <= PLACES_NAMED:
-            places[reason].append(place)
-
-    read = 0
-    for items in _in_batches(examples):
-        read += len(items)
-        parsed = [parse(item.example, recognised) for item in items]
-        kept = [(item, one) for item, one in zip(items, parsed, strict=True) if not isinstance(one, Dropped)]
-        for item, one in zip(items, parsed, strict=True):
-            if isinstance(one, Dropped):
-                drop(one.reason, item.example.place)
-        documents = encoder.encode_many([(one, item.example.place) for item, one in kept])
-        for (item, one), encoded in zip(kept, documents, strict=True):
-            if not encoded.ids.size:
-                drop("no tokens", item.example.place)
-                continue
-            gate.observe(encoded, item.example.place)
-            writer.append(
-                encoded.ids,
-                encoded.trained,
-                separator=bool(encoded.separator_tokens),
-                source=number,
-                example=item.number,
-                digest=int.from_bytes(hashlib.sha256(item.content).digest()[:8], "little"),
-                has_prompt=_has_prompt(one),
-                place=item.example.place,
-            )
+    read = spoken_specials = 0
+    on_progress(f"encoding {source.path}", 0, None)
+    for block in encoded_blocks(source, number, recognised, bulk):
+        gate.observe_block(block)
+        writer.append_many(block.documents)
+        for reason, place in block.dropped:
+            dropped[reason] += 1
+            if dropped[reason] <= PLACES_NAMED:
+                places[reason].append(place)
+        read += block.examples_read
+        spoken_specials += block.spoken_specials
         on_progress(f"encoding {source.path}", read, None)
     on_progress(f"encoding {source.path}", read, read)
     gate.check()
-    return {"sentence": recognised.sentence, "read": read, "dropped": dropped, "places": places}
-
-
-def _in_batches(examples: Iterator[Example]) -> Iterator[list[_Item]]:
-    """Examples in groups that are encoded at once, bounded in number and in bytes."""
-    batch: list[_Item] = []
-    size = 0
-    for number, example in enumerate(examples):
-        batch.append(_Item(number, example, _canonical(example.record)))
-        size += len(batch[-1].content)
-        if len(batch) == EXAMPLES_AT_ONCE or size >= BYTES_AT_ONCE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _opened(source: Source) -> tuple[Recognised, Iterator[Example]]:
-    """What a source was recognised as, and all of its examples. Raises DataError for an empty one."""
-    examples = read_source(source)
-    first = list(itertools.islice(examples, LOOKED_AT))
-    if not first:
-        raise DataError(f"{source.path} holds no example")
-    return recognise(source, first), itertools.chain(first, examples)
+    return {
+        "sentence": recognised.sentence,
+        "read": read,
+        "dropped": dropped,
+        "places": places,
+        "spoken_specials": spoken_specials,
+    }
 
 
 # --- documents to rows ---------------------------------------------------------------------------------------------
@@ -425,6 +408,18 @@ def _sentences(recipe: Recipe, documents: Documents, parts: Mapping[Part, Planne
     return sentences
 
 
+def _encoding_sentences(documents: Documents, sources: Sequence[Source]) -> list[str]:
+    """What the person should know about how the documents were encoded, a line each."""
+    said = [documents.facts["encoding"]] if documents.facts["encoding"] else []
+    for source, seen in zip(sources, documents.facts["sources"], strict=True):
+        if seen["spoken_specials"]:
+            said.append(
+                f"{source.path}: messages say the text of special tokens {seen['spoken_specials']:,} times; "
+                "it is encoded as text"
+            )
+    return said
+
+
 # --- prompts -------------------------------------------------------------------------------------------------------
 
 
@@ -448,20 +443,14 @@ def _examples_of(documents: Documents, chosen: Sequence[int], sources: Sequence[
         wanted[int(documents.sources_N[document])][int(documents.examples_N[document])] = document
     found = {}
     for number, document_of_example in wanted.items():
-        recognised, examples = _opened(sources[number])
-        for index, example in enumerate(itertools.islice(examples, max(document_of_example) + 1)):
+        recognised = recognised_source(sources[number])
+        examples = itertools.islice(read_source(sources[number]), max(document_of_example) + 1)
+        for index, example in enumerate(examples):
             if index in document_of_example:
                 parsed = parse(example, recognised)
                 assert not isinstance(parsed, Dropped), "it was encoded, so it was not dropped"
                 found[document_of_example[index]] = _example_to_json(parsed)
     return found
-
-
-def _has_prompt(example: ParsedExample) -> bool:
-    """Whether something stands before the last answer, for a model to be given."""
-    if isinstance(example, Conversation):
-        return any(one.role == "assistant" for one in example.messages[1:])
-    return isinstance(example, PromptCompletion) and example.prompt != ""
 
 
 def _example_to_json(example: ParsedExample) -> dict[str, Any]:

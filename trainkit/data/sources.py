@@ -6,13 +6,22 @@ of a hub data set.
 
 from __future__ import annotations
 
+import itertools
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.data.files import KINDS, kind_of, read_file, without_nested_nulls
+from trainkit.data.files import (
+    BLOCK_RECORDS,
+    KINDS,
+    LinesBlock,
+    RecordsBlock,
+    kind_of,
+    read_file_blocks,
+    without_nested_nulls,
+)
 from trainkit.data.strict_json import fault_in_strings
 from trainkit.data.wording import listed, nearest, shown
 from trainkit.errors import DataError
@@ -28,6 +37,10 @@ _QUICKSTART_FOLDER = Path(__file__).parent.parent / "shipped" / "data" / QUICKST
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 # Files that describe a data set and hold none of it.
 _COMPANIONS = re.compile(r"(\..*|_SUCCESS|(README|LICEN[CS]E|NOTICE|CITATION|SHA256SUMS)(\..*)?)", re.IGNORECASE)
+
+
+Block = LinesBlock | RecordsBlock
+"""A part of a source, which another process can decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +63,28 @@ class _File:
 def read_source(source: Source) -> Iterator[Example]:
     """Every example of the source, in order, as a stream. Raises DataError, naming the line where there is one."""
     files = _files(source)
-    if files:
-        for file in files:
-            for place, record in read_file(file.path, file.name):
-                yield Example(place, record)
-    else:
+    if not files:
         yield from _hub_examples(source)
+    for file in files:
+        for block in read_file_blocks(file.path, file.name):
+            yield from examples_in(block)
+
+
+def read_blocks(source: Source) -> Iterator[Block]:
+    """The source in blocks that can be handed to other processes; raises as :func:`read_source` where it decodes."""
+    files = _files(source)
+    for file in files:
+        yield from read_file_blocks(file.path, file.name)
+    from_hub = () if files else _hub_examples(source)
+    examples = ((example.place, example.record) for example in from_hub)
+    while records := list(itertools.islice(examples, BLOCK_RECORDS)):
+        yield RecordsBlock(records)
+
+
+def examples_in(block: Block) -> Iterator[Example]:
+    """The examples of a block. Raises DataError where its lines do not decode."""
+    for place, record in block.records():
+        yield Example(place, record)
 
 
 def source_files(source: Source) -> tuple[Path, ...]:

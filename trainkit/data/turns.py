@@ -46,7 +46,7 @@ def find_turns(
     turns = []
     for index, message in enumerate(conversation.messages):
         if is_trained(message):
-            start, end = _place_of(template, conversation, index, rendering)
+            start, end = place_of(template, conversation, index, rendering)
             stop = _end_of_turn(template, conversation, index, rendering, end, end_tokens)
             _check_said(message, rendering[start:end], rendering[start:stop])
             turns.append(Turn(start, stop or end, ended=stop is not None))
@@ -77,7 +77,7 @@ def end_tokens_of(template: ChatTemplate, added_tokens: Sequence[str], eos: str 
     return tuple(filter(None, (eos,)))
 
 
-def _place_of(template: ChatTemplate, conversation: Conversation, index: int, rendering: str) -> tuple[int, int]:
+def place_of(template: ChatTemplate, conversation: Conversation, index: int, rendering: str) -> tuple[int, int]:
     """First and last character (exclusive) of what the template renders for a message itself."""
     message = conversation.messages[index]
     marker = "jackdaw"
@@ -187,7 +187,7 @@ def _end_of_turn(
         return None
     if rendering[said_until:at].strip() and index + 1 < len(conversation.messages):
         try:
-            next_start, _ = _place_of(template, conversation, index + 1, rendering)
+            next_start, _ = place_of(template, conversation, index + 1, rendering)
         except TemplateProblem:
             return None
         if at >= next_start:
@@ -201,7 +201,7 @@ def _check_said(message: Message, located: str, turn: str) -> None:
         if located.strip() != message.content.strip():
             raise TemplateProblem(f"it changes the text {_quoted(message.content)} to {_quoted(located)}")
         return
-    for text in _texts_of(message):
+    for text in texts_of(message):
         if not _occurs(text, turn):
             raise TemplateProblem(f"it loses {_quoted(text)} of an assistant message")
 
@@ -223,7 +223,7 @@ def _answer(content: str) -> str:
     return content.rsplit("</think>", 1)[-1]
 
 
-def _texts_of(message: Message) -> Iterator[str]:
+def texts_of(message: Message) -> Iterator[str]:
     """Every text that an assistant message says."""
     yield from _THINKING.split(message.content)
     given = as_template_input(message)
@@ -231,20 +231,20 @@ def _texts_of(message: Message) -> Iterator[str]:
     for call in given.get("tool_calls") or ():
         function = call.get("function", call)
         yield function.get("name", "")
-        yield from _strings_in(function.get("arguments"))
+        yield from strings_in(function.get("arguments"))
 
 
-def _strings_in(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
     """The strings of a JSON value; a string of JSON is one string."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for name, item in value.items():
             yield str(name)
-            yield from _strings_in(item)
+            yield from strings_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _strings_in(item)
+            yield from strings_in(item)
 
 
 def _occurs(text: str, rendering: str) -> bool:
