@@ -3,11 +3,15 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from trainkit.data.bulk_encoding import BulkEncoder
 from trainkit.data.conversations import Conversation, Message, PlainText
+from trainkit.data.document_stream import EncodedBlock
 from trainkit.data.encoding import Encoder
 from trainkit.data.mask_gate import MaskGate
+from trainkit.data.packed_store import DocumentBatch
 from trainkit.errors import DataError
 from trainkit.recipe.schema import Data, Packing, Source
 
@@ -24,8 +28,21 @@ NO_END = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 def gate_after(tokenizer: PreTrainedTokenizerBase, *examples: ParsedExample, separator: str = "eos") -> MaskGate:
     encoder = Encoder(tokenizer, Data(train=(Source(path="x"),)), Packing(separator=separator))
     gate = MaskGate(tokenizer)
-    for number, example in enumerate(examples, 1):
-        gate.observe(encoder.encode(example, f"t:{number}"), f"t:{number}")
+    places = [f"t:{number}" for number in range(1, len(examples) + 1)]
+    encoded = BulkEncoder(encoder).encode(list(zip(examples, places, strict=True)))
+    none_N = np.zeros(len(examples), np.int64)
+    documents = DocumentBatch(
+        ids_K=encoded.ids_K,
+        trained_K=encoded.trained_K,
+        lengths_N=encoded.lengths_N,
+        separators_N=encoded.separators_N,
+        has_prompt_N=none_N > 0,
+        source=0,
+        examples_N=none_N,
+        digests_N=none_N.astype(np.uint64),
+        places=places,
+    )
+    gate.observe(EncodedBlock(documents, encoded.turns_N, encoded.ended_turns_N, 0, len(examples), ()))
     return gate
 
 

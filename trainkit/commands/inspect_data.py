@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trainkit.console import Console
-from trainkit.data.conversations import Dropped, parse
+from trainkit.data.bulk_encoding import fast_or_by_reference
+from trainkit.data.document_stream import encoded_blocks, recognised_source
 from trainkit.data.encoding import Encoded, Encoder, show_tokens
-from trainkit.data.formats import recognise
 from trainkit.data.mask_gate import MaskGate
-from trainkit.data.sources import read_source
-from trainkit.errors import DataError
 from trainkit.model.loading import load_tokenizer, locate_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from trainkit.data.conversations import ParsedExample
-    from trainkit.data.formats import Recognised
-    from trainkit.data.sources import Example
+    from trainkit.data.bulk_encoding import BulkEncoder
+    from trainkit.data.document_stream import EncodedBlock
     from trainkit.recipe.reader import ReadRecipe
     from trainkit.recipe.schema import Source
 
-LOOKED_AT = 100
-"""Examples from which a source's format is recognised."""
-ENCODED_AT_ONCE = 256
 TOKENS_SHOWN = 2000
 
 
 @dataclass
 class SourceCounts:
-    """What one source holds; lengths in tokens."""
+    """What one source holds; lengths in tokens. ``first`` are its first documents, with their places."""
 
     path: str
     sentence: str
+    gate: MaskGate
     examples: int = 0
     documents: int = 0
     tokens: int = 0
@@ -44,16 +38,31 @@ class SourceCounts:
     longest: int = 0
     longest_place: str = ""
     dropped: Counter[str] = field(default_factory=Counter)
+    first: list[tuple[str, Encoded]] = field(default_factory=list)
 
-    def count(self, encoded: Encoded, place: str) -> None:
-        """Add one document."""
-        self.documents += 1
-        self.tokens += encoded.ids.size
-        self.trained_tokens += int(encoded.trained.sum())
-        if encoded.ids.size > self.longest:
-            self.longest, self.longest_place = encoded.ids.size, place
-        if not encoded.trained.any():
-            self.dropped["no trained token"] += 1
+    def count(self, block: EncodedBlock, kept: int) -> None:
+        """Add the documents of a block, and keep those that are among the first ``kept``."""
+        documents = block.documents
+        self.gate.observe(block)
+        self.examples += block.examples_read
+        self.dropped.update(reason for reason, _ in block.dropped)
+        if not documents.places:
+            return
+        ends_N = np.cumsum(documents.lengths_N)
+        begins_N = ends_N - documents.lengths_N
+        trained_N = np.add.reduceat(documents.trained_K, begins_N, dtype=np.int64)
+        self.documents += len(documents.places)
+        self.tokens += documents.ids_K.size
+        self.trained_tokens += int(trained_N.sum())
+        if untrained := int(np.count_nonzero(trained_N == 0)):
+            self.dropped["no trained token"] += untrained
+        at = int(np.argmax(documents.lengths_N))
+        if documents.lengths_N[at] > self.longest:
+            self.longest, self.longest_place = int(documents.lengths_N[at]), documents.places[at]
+        for number in range(min(kept - len(self.first), len(documents.places))):
+            part = slice(int(begins_N[number]), int(ends_N[number]))
+            encoded = Encoded(documents.ids_K[part], documents.trained_K[part])
+            self.first.append((documents.places[number], encoded))
 
     @property
     def trained_share(self) -> float:
@@ -69,63 +78,33 @@ def inspect_data(read: ReadRecipe, *, examples: int, json_output: bool) -> None:
     """
     recipe = read.recipe
     with Console(json_only=json_output) as console:
-        tokenizer = load_tokenizer(locate_model(recipe.model))
-        encoder = Encoder(tokenizer, recipe.data, recipe.packing)
+        encoder = Encoder(load_tokenizer(locate_model(recipe.model)), recipe.data, recipe.packing)
         held_out = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
-        counts, gates, shown = [], [], []
-        for source in (*recipe.data.train, *held_out):
-            recognised, found = _open(source)
-            console.show(recognised.sentence)
-            counted, gate = SourceCounts(source.path, recognised.sentence), MaskGate(tokenizer)
-            for index, (place, encoded) in enumerate(_encoded(found, recognised, encoder, counted, console)):
-                counted.count(encoded, place)
-                gate.observe(encoded, place)
-                if index < examples:
-                    shown.append(_show(console, place, encoded, encoder))
-            counts.append(counted)
-            gates.append(gate)
-        _show_counts(console, counts)
-        for gate in gates:
-            gate.check()
-        console.result({"sources": [_as_json(one) for one in counts], "examples": shown})
+        sources = (*recipe.data.train, *held_out)
+        seen, how = fast_or_by_reference(
+            encoder, lambda bulk: [_seen(source, bulk, examples, console) for source in sources]
+        )
+        shown = []
+        for one in seen:
+            console.show(one.sentence)
+            shown += [_show(console, place, encoded, encoder) for place, encoded in one.first]
+        if how:
+            console.note(how)
+        _show_counts(console, seen)
+        for one in seen:
+            one.gate.check()
+        console.result({"sources": [_as_json(one) for one in seen], "examples": shown})
 
 
-def _open(source: Source) -> tuple[Recognised, Iterator[Example]]:
-    """What a source is recognised as, and its examples from the first on."""
-    found = read_source(source)
-    first = list(itertools.islice(found, LOOKED_AT))
-    if not first:
-        raise DataError(f"{source.path}: 0 examples")
-    return recognise(source, first), itertools.chain(first, found)
-
-
-def _encoded(
-    found: Iterable[Example], recognised: Recognised, encoder: Encoder, counted: SourceCounts, console: Console
-) -> Iterator[tuple[str, Encoded]]:
-    """Every document that holds a token, with the place of its example; what is dropped is counted."""
-    waiting: list[tuple[ParsedExample, str]] = []
-    for example in found:
-        counted.examples += 1
-        parsed = parse(example, recognised)
-        if isinstance(parsed, Dropped):
-            counted.dropped[parsed.reason] += 1
-        else:
-            waiting.append((parsed, example.place))
-        if len(waiting) == ENCODED_AT_ONCE:
-            yield from _encode(encoder, waiting, counted)
-            console.progress(f"encoding {counted.path}", counted.examples)
-            waiting = []
-    yield from _encode(encoder, waiting, counted)
-
-
-def _encode(
-    encoder: Encoder, examples: list[tuple[ParsedExample, str]], counted: SourceCounts
-) -> Iterator[tuple[str, Encoded]]:
-    for (_, place), encoded in zip(examples, encoder.encode_many(examples), strict=True):
-        if encoded.ids.size:
-            yield place, encoded
-        else:
-            counted.dropped["no tokens"] += 1
+def _seen(source: Source, bulk: BulkEncoder, examples: int, console: Console) -> SourceCounts:
+    """Everything of a source counted, and its first ``examples`` kept."""
+    recognised = recognised_source(source)
+    counted = SourceCounts(source.path, recognised.sentence, MaskGate(bulk.tokenizer))
+    for block in encoded_blocks(source, 0, recognised, bulk):
+        counted.count(block, examples)
+        console.progress(f"encoding {source.path}", counted.examples)
+    console.progress(f"encoding {source.path}", counted.examples, counted.examples)
+    return counted
 
 
 def _show(console: Console, place: str, encoded: Encoded, encoder: Encoder) -> dict[str, Any]:

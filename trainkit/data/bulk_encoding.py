@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from trainkit.data.conversations import Conversation, PromptCompletion
 from trainkit.data.token_bytes import TokenBytes, find_engine, tokenize
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
@@ -35,9 +35,27 @@ if TYPE_CHECKING:
     Int64 = NDArray[np.int64]
     Bool = NDArray[np.bool_]
 
+Result = TypeVar("Result")
+
 
 class EnginesDiffer(Exception):  # noqa: N818 - it reads as what it says
     """The fast way and the reference disagree about an example, which is named; the fast way must not be used."""
+
+
+def fast_or_by_reference(encoder: Encoder, work: Callable[[BulkEncoder], Result]) -> tuple[Result, str | None]:
+    """``work`` done with a bulk encoder, and what a person should know of how; None where there is nothing to say.
+
+    Where the fast way and the reference disagree, all of it is done again by the reference.
+    """
+    bulk = BulkEncoder(encoder)
+    try:
+        result = work(bulk)
+    except EnginesDiffer as place:
+        return work(BulkEncoder(encoder, trusted=False)), (
+            f"warning: {place}: fast encoding came to other tokens or masks than the tokenizer itself; everything was "
+            "encoded by the tokenizer instead, one by one; please report it"
+        )
+    return result, None if bulk.slow_reason is None else f"tokenised by tokenizers: {bulk.slow_reason}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainkit.data.document_stream import EncodedBlock
-    from trainkit.data.encoding import Encoded
 
 TOKENS_SHOWN = 48
 
@@ -36,20 +35,7 @@ class MaskGate:
         self._untrained: _Sample | None = None
         self._open: _Sample | None = None
 
-    def observe(self, encoded: Encoded, place: str) -> None:
-        """Count one document; ``place`` names its example."""
-        trained = int(encoded.trained.sum())
-        self._documents += 1
-        self._tokens += encoded.ids.size
-        self._trained_tokens += trained
-        self._turns += encoded.turns
-        self._ended_turns += encoded.ended_turns
-        if not trained and self._untrained is None:
-            self._untrained = _Sample(place, encoded.ids, encoded.trained)
-        if encoded.ended_turns < encoded.turns and self._open is None:
-            self._open = _Sample(place, encoded.ids, encoded.trained)
-
-    def observe_block(self, block: EncodedBlock) -> None:
+    def observe(self, block: EncodedBlock) -> None:
         """Count the documents of a block."""
         documents = block.documents
         if not documents.places:

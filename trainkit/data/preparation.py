@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trainkit.data.bulk_encoding import BulkEncoder, EnginesDiffer
+from trainkit.data.bulk_encoding import fast_or_by_reference
 from trainkit.data.conversations import Conversation, Dropped, Message, PlainText, PromptCompletion, parse
 from trainkit.data.document_stream import canonical_json, encoded_blocks, recognised_source
 from trainkit.data.mask_gate import MaskGate
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trainkit.data.bulk_encoding import BulkEncoder
     from trainkit.data.conversations import ParsedExample
     from trainkit.data.encoding import Encoder
     from trainkit.data.packed_store import Part, PlannedRows
@@ -115,7 +116,8 @@ def prepare(
 
     found = not anew and _is_sound(documents_folder, "documents", documents_key, warnings)
     if not found:
-        _write_documents(documents_folder, documents_key, sources, encoder, on_progress, before, replace=anew)
+        how = _write_documents(documents_folder, documents_key, sources, encoder, on_progress, before, replace=anew)
+        warnings += [how] if how else []
     found = found and _is_sound(rows_folder, "rows", rows_key, warnings)
     if not found:
         documents = Documents.open(documents_folder)
@@ -231,34 +233,20 @@ def _write_documents(
     before: Mapping[Path, tuple[int, int]],
     *,
     replace: bool,
-) -> None:
-    """Encode every source into a documents' store, fast; by the reference alone where the two disagree.
+) -> str | None:
+    """Encode every source into a documents' store; returns what a person should know of how.
 
     Raises DataError where files are not as they were ``before``.
     """
-    differing = None
-    for trusted in (True, False):
-        bulk = BulkEncoder(encoder, trusted=trusted)
-        try:
-            with building(folder, "documents", key, replace=replace) as builder:
-                writer = DocumentWriter(builder)
-                seen = [_encode_source(*source, bulk, writer, on_progress) for source in enumerate(sources)]
-                writer.finish({"sources": seen, "encoding": _how_encoded(bulk, differing)})
-                _refuse_changed_files(sources, before)
-        except EnginesDiffer as place:
-            differing = str(place)
-        else:
-            return
 
+    def write(bulk: BulkEncoder) -> None:
+        with building(folder, "documents", key, replace=replace) as builder:
+            writer = DocumentWriter(builder)
+            seen = [_encode_source(*source, bulk, writer, on_progress) for source in enumerate(sources)]
+            writer.finish({"sources": seen})
+            _refuse_changed_files(sources, before)
 
-def _how_encoded(bulk: BulkEncoder, differing: str | None) -> str | None:
-    """What a person should know of how tokens were made; None where there is nothing to say."""
-    if differing is not None:
-        return (
-            f"warning: {differing}: fast encoding came to other tokens or masks than the tokenizer itself; everything "
-            "was encoded by the tokenizer instead, one by one; please report it"
-        )
-    return None if bulk.slow_reason is None else f"tokenised by tokenizers: {bulk.slow_reason}"
+    return fast_or_by_reference(encoder, write)[1]
 
 
 def _encode_source(
@@ -275,7 +263,7 @@ def _encode_source(
     read = spoken_specials = 0
     on_progress(f"encoding {source.path}", 0, None)
     for block in encoded_blocks(source, number, recognised, bulk):
-        gate.observe_block(block)
+        gate.observe(block)
         writer.append_many(block.documents)
         for reason, place in block.dropped:
             dropped[reason] += 1
@@ -410,7 +398,7 @@ def _sentences(recipe: Recipe, documents: Documents, parts: Mapping[Part, Planne
 
 def _encoding_sentences(documents: Documents, sources: Sequence[Source]) -> list[str]:
     """What the person should know about how the documents were encoded, a line each."""
-    said = [documents.facts["encoding"]] if documents.facts["encoding"] else []
+    said = []
     for source, seen in zip(sources, documents.facts["sources"], strict=True):
         if seen["spoken_specials"]:
             said.append(
