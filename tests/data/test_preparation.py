@@ -196,7 +196,8 @@ def test_a_second_run_finds_everything_again(tmp_path: Path) -> None:
         first.train.row(i).ids_T.tolist() for i in range(len(first.train))
     ]
     assert "found again" in again.sentences[-1]
-    assert again.sentences[:-1] == first.sentences[:-1]
+    how = "tokenised by tokenizers: its tokens are no strings of bytes, so each example is encoded by itself"
+    assert first.sentences[:-1] == (how, *again.sentences[:-1])
 
 
 @pytest.mark.parametrize(

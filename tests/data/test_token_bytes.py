@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from trainkit.data import token_bytes
 from trainkit.data.encoding import text_tokenizer
 from trainkit.data.token_bytes import GigatokenEngine, TokenBytes, TokenizersEngine, find_engine, tokenize
 
@@ -61,13 +62,15 @@ def test_gigatoken_gives_the_ids_of_tokenizers(tiny_tokenizer: PreTrainedTokeniz
     assert fast[1].tolist() == slow[1].tolist()
 
 
-def test_tokens_are_spelled_in_bytes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_tokens_are_spelled_in_bytes(tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = text_tokenizer(tiny_tokenizer)
     table = TokenBytes.of(engine)
     assert table is not None
     ids = engine.encode("你 the<|end|>\n", add_special_tokens=False).ids
-    assert table.spell(np.array(ids)).tobytes() == "你 the<|end|>\n".encode()
-    assert table.spell(np.array([], np.int32)).size == 0
+    assert table.spell(np.array(ids)) == "你 the<|end|>\n".encode()
+    assert table.spell(np.array([], np.int32)) == b""
+    monkeypatch.setattr(token_bytes, "SPELLED_AT_ONCE", 2)
+    assert table.spell(np.array(ids)) == "你 the<|end|>\n".encode()
 
 
 def test_a_vocabulary_of_another_kind_has_no_bytes() -> None:

@@ -94,7 +94,7 @@ class BulkEncoder:
         self._encoder = encoder
         self._table = TokenBytes.of(encoder.text_tokenizer) if trusted else None
         self._engine: Engine | None = None
-        self.slow_reason: str | None = None
+        self.slow_reason: str | None = "its tokens are no strings of bytes, so each example is encoded by itself"
         if self._table is not None:
             self._engine, self.slow_reason = find_engine(encoder.text_tokenizer, encoder.tokenizer_json)
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+SPELLED_AT_ONCE = 2**19
+"""Tokens; each takes some sixty bytes on the way."""
+
+
 class Engine(Protocol):
     """Turns texts into ids; ``name`` is for people."""
 
@@ -124,15 +128,16 @@ class TokenBytes:
         begins_V = np.cumsum(lengths_V, dtype=np.int64) - lengths_V
         return cls(np.frombuffer(b"".join(spelled), np.uint8), begins_V, lengths_V, "ByteLevel" not in kinds)
 
-    def spell(self, ids_K: NDArray[np.integer]) -> NDArray[np.uint8]:
-        """The bytes of tokens, end to end."""
-        lengths_K = self.lengths_V[ids_K]
-        ends_K = np.cumsum(lengths_K, dtype=np.int64)
-        shift_K = self.begins_V[ids_K] - (ends_K - lengths_K)
-        spelled: NDArray[np.uint8] = self.blob[
-            np.arange(int(ends_K[-1]) if ends_K.size else 0) + np.repeat(shift_K, lengths_K)
-        ]
-        return spelled
+    def spell(self, ids_K: NDArray[np.integer]) -> bytes:
+        """The bytes of tokens, end to end; works on a part at a time, so that memory holds little else."""
+        parts = []
+        for first in range(0, ids_K.size, SPELLED_AT_ONCE):
+            part_K = ids_K[first : first + SPELLED_AT_ONCE]
+            lengths_K = self.lengths_V[part_K]
+            ends_K = np.cumsum(lengths_K, dtype=np.int64)
+            shift_K = self.begins_V[part_K] - (ends_K - lengths_K)
+            parts.append(self.blob[np.arange(int(ends_K[-1])) + np.repeat(shift_K, lengths_K)].tobytes())
+        return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def tokenize(engine: Engine, table: TokenBytes, texts: Sequence[bytes]) -> Token
     begins_N, wanted_N = ends_K[offsets_N[:-1]], np.fromiter(map(len, texts), np.int64, len(texts))
     found_N = ends_K[offsets_N[1:]] - begins_N
     extra_N = found_N - wanted_N
-    spelled = table.spell(ids_K).tobytes()
+    spelled = table.spell(ids_K)
     allowed = (0, 1) if table.space_before else (0,)
     spelled_N = np.zeros(len(texts), np.bool_)
     if not extra_N.any() and spelled == b"".join(texts):
