@@ -95,7 +95,7 @@ def test_every_piece_is_in_one_bin_and_no_bin_is_too_full(lengths: list[int], se
 
 @given(lengths=lengths_of_pieces)
 def test_groups_are_placed_as_the_textbook_places_pieces(lengths: list[int]) -> None:
-    bin_P, slot_P = _spread_groups(_place_groups(np.bincount(lengths, minlength=25).tolist(), 24))
+    bin_P, slot_P = _spread_groups(_place_groups(np.bincount(lengths, minlength=25), 24))
     fills = np.bincount(bin_P, weights=sorted(lengths, reverse=True)).astype(int)
     assert sorted(fills.tolist()) == textbook_best_fit_decreasing(lengths, 24)
     assert len(set(zip(bin_P.tolist(), slot_P.tolist(), strict=True))) == len(lengths)

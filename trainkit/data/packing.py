@@ -17,19 +17,27 @@ from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Positions = NDArray[np.int32] | NDArray[np.int64]
+"""32 bits where every value fits into them (:func:`position_type`), 64 bits otherwise."""
 
+GAP_WORTH_CLOSING = 1 / 5000
+"""Bins above the lower bound, as a share of all bins: a second pass for less could save next to nothing."""
 MOST_BINS_REFILLED = 4096
-"""Bounds the work of the second pass; a bin costs it tens of microseconds."""
+MOST_PIECES_REFILLED = 2**17
 MOST_FIRST_PIECES_TRIED = 64
 """Bounds the search for three pieces that close a bin."""
+MOST_LENGTHS_COMPARED = 2**27
+"""Bounds the second pass as a whole to some tenths of a second, whatever the lengths and the capacity."""
+LENGTHS_A_CALL_IS_WORTH = 4096
+"""A search costs as much as comparing this many lengths before it has compared one."""
 
 
 @dataclass(frozen=True)
 class Pieces:
     """Parts of documents, in the order of the documents and of their tokens; every array has shape (P,)."""
 
-    document_P: Int64
-    start_P: Int64
+    document_P: Positions
+    start_P: Positions
     """Position of the first token inside the document."""
     length_P: Int32
     overlap_P: Int32
@@ -38,7 +46,7 @@ class Pieces:
     def __len__(self) -> int:
         return int(self.document_P.size)
 
-    def take(self, index_P: Int64 | NDArray[np.bool_]) -> Pieces:
+    def take(self, index_P: Positions | NDArray[np.bool_]) -> Pieces:
         """The pieces that ``index_P`` picks, in its order."""
         return Pieces(self.document_P[index_P], self.start_P[index_P], self.length_P[index_P], self.overlap_P[index_P])
 
@@ -47,7 +55,7 @@ class Pieces:
 class Bins:
     """Which pieces share a bin: bin ``b`` holds ``order_P[offsets_B[b]:offsets_B[b + 1]]``; ``offsets_B`` is (B+1,)."""
 
-    order_P: Int64
+    order_P: Positions
     offsets_B: Int64
 
     def __len__(self) -> int:
@@ -79,23 +87,39 @@ def cut(
     """
     if not 0 <= overlap < sequence_length:
         raise ValueError(f"an overlap of {overlap} tokens leaves nothing new in pieces of {sequence_length}")
-    lengths_N = np.asarray(lengths_N, np.int64)
+    lengths_N = np.asarray(lengths_N)
     pieces_N = (lengths_N > 0).astype(np.int64)
     stride = sequence_length - overlap
     too_long_N = lengths_N > sequence_length
     if long_documents == "split":
-        pieces_N[too_long_N] = 1 + -(-(lengths_N[too_long_N] - sequence_length) // stride)
+        pieces_N[too_long_N] = 1 + -(-(lengths_N[too_long_N].astype(np.int64) - sequence_length) // stride)
     elif long_documents == "drop":
         pieces_N[too_long_N] = 0
-    document_P = np.repeat(np.arange(lengths_N.size), pieces_N)
-    number_P = np.arange(document_P.size) - np.repeat(np.cumsum(pieces_N) - pieces_N, pieces_N)
-    start_P = number_P * stride
+    document_P = np.repeat(np.arange(lengths_N.size, dtype=position_type(lengths_N.size)), pieces_N)
+    longest = int(lengths_N.max(initial=0))
+    start_P = np.zeros(document_P.size, position_type(longest))
+    # Only the pieces of documents with several of them need to be numbered.
+    of_several_P = np.flatnonzero(np.repeat(pieces_N > 1, pieces_N))
+    several_N = pieces_N[pieces_N > 1]
+    number_P = np.arange(of_several_P.size) - np.repeat(np.cumsum(several_N) - several_N, several_N)
+    start_P[of_several_P] = number_P * stride
+    overlap_P = np.zeros(document_P.size, np.int32)
+    overlap_P[of_several_P[number_P > 0]] = overlap
     return Pieces(
         document_P=document_P,
         start_P=start_P,
         length_P=np.minimum(sequence_length, lengths_N[document_P] - start_P).astype(np.int32),
-        overlap_P=np.where(number_P > 0, overlap, 0).astype(np.int32),
+        overlap_P=overlap_P,
     )
+
+
+def position_type(largest: int) -> type[np.int32] | type[np.int64]:
+    """The narrowest signed integer that counts to ``largest``.
+
+    >>> position_type(2**31 - 1), position_type(2**31)
+    (<class 'numpy.int32'>, <class 'numpy.int64'>)
+    """
+    return np.int32 if largest < 2**31 else np.int64
 
 
 def one_a_bin(number_of_pieces: int) -> Bins:
@@ -138,36 +162,47 @@ def best_fit(lengths_P: NDArray[np.integer], capacity: int, seed: int) -> Bins:
     if lengths_P.min() < 1 or lengths_P.max() > capacity:
         raise ValueError(f"a piece must have 1 to {capacity} tokens; cut long documents and leave empty ones out first")
     rng = np.random.default_rng(seed)
-    longest_first_P = _longest_first(lengths_P, capacity, rng)
-    bin_P, slot_P = _spread_groups(_place_groups(np.bincount(lengths_P, minlength=capacity + 1).tolist(), capacity))
-    bin_P, slot_P = _tighten(lengths_P[longest_first_P], bin_P, slot_P, capacity, rng)
+    counts_L = np.bincount(lengths_P, minlength=capacity + 1)
+    longest_first_P = _longest_first(lengths_P, counts_L, rng)
+    placements = _place_groups(counts_L, capacity)
+    bin_P, slot_P = _tighten(*_spread_groups(placements), placements, capacity, rng)
 
-    new_place_B = rng.permutation(int(bin_P.max()) + 1)
-    bin_P = new_place_B[bin_P]
-    pieces_B = np.bincount(bin_P)
-    offsets_B = np.concatenate(([0], np.cumsum(pieces_B)))
+    pieces_B = np.bincount(bin_P).astype(bin_P.dtype)
+    order_B = rng.permutation(pieces_B.size)
+    offsets_B = np.concatenate(([0], np.cumsum(pieces_B[order_B], dtype=np.int64)))
+    begin_B = np.empty(pieces_B.size, bin_P.dtype)
+    begin_B[order_B] = offsets_B[:-1]
     # Turning every bin by a random amount takes the longest piece from its head without sorting anything again.
-    turn_B = rng.integers(0, pieces_B)
-    slot_P = (slot_P + turn_B[bin_P]) % pieces_B[bin_P]
-    order_P = np.empty(lengths_P.size, np.int64)
-    order_P[offsets_B[bin_P] + slot_P] = longest_first_P
+    slot_P += (rng.random(pieces_B.size) * pieces_B).astype(bin_P.dtype)[bin_P]
+    of_bin_P = pieces_B[bin_P]
+    slot_P -= of_bin_P * (slot_P >= of_bin_P)
+    slot_P += begin_B[bin_P]
+    order_P = np.empty_like(longest_first_P)
+    order_P[slot_P] = longest_first_P
     return Bins(order_P, offsets_B)
 
 
-def _longest_first(lengths_P: NDArray[np.integer], capacity: int, rng: np.random.Generator) -> Int64:
-    """Piece numbers by falling length, equal lengths in random order."""
-    shuffled_P = rng.permutation(lengths_P.size)
-    # numpy sorts 16-bit keys by radix, in linear time.
-    key_type = np.uint16 if capacity < 2**16 else np.uint32
-    shortage_P = (capacity - lengths_P[shuffled_P]).astype(key_type)
-    return shuffled_P[np.argsort(shortage_P, kind="stable")]
+def _longest_first(lengths_P: NDArray[np.integer], counts_L: Int64, rng: np.random.Generator) -> Positions:
+    """Piece numbers by falling length, equal lengths in random order; ``counts_L[l]`` pieces have l tokens."""
+    longest = counts_L.size - 1
+    shortage_P = (longest - lengths_P).astype(np.uint16 if longest < 2**16 else np.uint32)
+    # numpy sorts 16-bit keys by radix, in linear time; wider ones are sorted by their lower half, then by their upper.
+    order_P = np.argsort(shortage_P.astype(np.uint16), kind="stable")
+    if longest >= 2**16:
+        order_P = order_P[np.argsort((shortage_P >> 16).astype(np.uint16)[order_P], kind="stable")]
+    narrow_P: Positions = order_P.astype(position_type(order_P.size))
+    ends_L = np.cumsum(counts_L[::-1])
+    several_L = np.flatnonzero(counts_L[::-1] > 1)
+    for end, count in zip(ends_L[several_L].tolist(), counts_L[::-1][several_L].tolist(), strict=True):
+        rng.shuffle(narrow_P[end - count : end])
+    return narrow_P
 
 
-def _place_groups(count_of_length: list[int], capacity: int) -> Int64:
-    """Best-fit-decreasing over the histogram: ``count_of_length[l]`` pieces of length l.
+def _place_groups(counts_L: Int64, capacity: int) -> Int64:
+    """Best-fit-decreasing over the histogram: ``counts_L[l]`` pieces of length l.
 
-    Returns the placements, shape (placements, 4): first bin, number of bins, pieces put into each of them, pieces
-    that already lay in each. Placement after placement takes its pieces from the list of pieces by falling length.
+    Returns the placements, shape (placements, 5): first bin, number of bins, pieces put into each of them, pieces
+    that already lay in each, their length. Placement after placement takes its pieces from the list of pieces by falling length.
 
     The tightest bin stays the tightest while it still takes a piece of the same length, so a bin receives all the
     pieces of this length that it has room for before the next bin receives one.
@@ -177,10 +212,10 @@ def _place_groups(count_of_length: list[int], capacity: int) -> Int64:
     )  # (first bin, bins, pieces in each)
     rooms = 0  # bit r is set while there is a group with room for r tokens
     number_of_bins = 0
-    placements: list[tuple[int, int, int, int]] = []
+    placements: list[tuple[int, int, int, int, int]] = []
 
-    for length in range(capacity, 0, -1):
-        left = count_of_length[length]
+    for length in np.flatnonzero(counts_L)[::-1].tolist():
+        left = int(counts_L[length])
         while left:
             wide_enough = rooms >> length
             if wide_enough:
@@ -199,46 +234,70 @@ def _place_groups(count_of_length: list[int], capacity: int) -> Int64:
                 if not part:
                     continue
                 if taken:
-                    placements.append((first, part, taken, inside))
+                    placements.append((first, part, taken, inside, length))
                     left -= taken * part
                 new_room = room - taken * length
                 if new_room:
                     groups_of_room[new_room].append((first, part, inside + taken))
                     rooms |= 1 << new_room
                 first += part
-    return np.array(placements, np.int64).reshape(-1, 4)
+    return np.array(placements, np.int64).reshape(-1, 5)
 
 
-def _spread_groups(placements: Int64) -> tuple[Int64, Int64]:
+def _spread_groups(placements: Int64) -> tuple[Positions, Positions]:
     """For each piece, by falling length: its bin, and how many pieces lay in the bin before it."""
-    first, bins, each, inside = placements.T
+    first, bins, each, inside, _ = placements.T
     pieces = bins * each
-    within_P = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    each_P = np.repeat(each, pieces)
-    turn_P = within_P // each_P
-    return np.repeat(first, pieces) + turn_P, np.repeat(inside, pieces) + within_P - turn_P * each_P
+    number = int(pieces.sum())
+    dtype = position_type(number)
+
+    def of_pieces(values: Int64) -> Positions:
+        return np.repeat(values.astype(dtype), pieces)
+
+    bin_P = np.arange(number, dtype=dtype)  # where its placement began is taken off: its number within the placement
+    bin_P -= of_pieces(np.cumsum(pieces) - pieces)
+    slot_P = of_pieces(inside)
+    if each.max(initial=1) > 1:
+        each_P = of_pieces(each)
+        # Numpy divides unsigned integers several times faster.
+        turn_P = (bin_P.view(f"u{bin_P.itemsize}") // each_P.view(f"u{bin_P.itemsize}")).view(dtype)
+        each_P *= turn_P
+        slot_P += bin_P
+        slot_P -= each_P
+        bin_P = turn_P
+    bin_P += of_pieces(first)
+    return bin_P, slot_P
 
 
 def _tighten(
-    lengths_P: NDArray[np.integer], bin_P: Int64, slot_P: Int64, capacity: int, rng: np.random.Generator
-) -> tuple[Int64, Int64]:
+    bin_P: Positions, slot_P: Positions, placements: Int64, capacity: int, rng: np.random.Generator
+) -> tuple[Positions, Positions]:
     """Fill the bins with the widest gaps anew where that saves a bin; returns bin and slot of every piece."""
-    gap_B = capacity - np.bincount(bin_P, weights=lengths_P).astype(np.int64)
+    first, bins, each, _, length = placements.T
+    # What a placement puts into each of its bins is added where its run of bins begins and taken off behind it.
+    change_B = np.zeros(int((first + bins).max()) + 1, np.int64)
+    np.add.at(change_B, first, each * length)
+    np.subtract.at(change_B, first + bins, each * length)
+    gap_B = capacity - np.cumsum(change_B[:-1])
+    if int(gap_B.sum()) // capacity <= GAP_WORTH_CLOSING * gap_B.size:
+        return bin_P, slot_P
     gappy = np.argsort(-gap_B, kind="stable")[: min(MOST_BINS_REFILLED, np.count_nonzero(gap_B))]
+    gappy = gappy[np.cumsum(np.bincount(bin_P)[gappy]) <= MOST_PIECES_REFILLED]
     spare = int(gap_B[gappy].sum()) - capacity
     if spare < 0:
         return bin_P, slot_P
     pooled_B = np.zeros(gap_B.size, np.bool_)
     pooled_B[gappy] = True
-    pooled_P = pooled_B[bin_P]
-    refilled = _refill(lengths_P[pooled_P], capacity, spare, rng)
+    pooled_P = np.flatnonzero(pooled_B[bin_P])
+    lengths_P = length[np.searchsorted(np.cumsum(bins * each), pooled_P, "right")]
+    refilled = _refill(lengths_P, capacity, spare, rng)
     if refilled is None:
         return bin_P, slot_P
-    kept_number_B = np.cumsum(~pooled_B) - 1
-    new_bin_P, new_slot_P = kept_number_B[bin_P], slot_P.copy()
-    new_bin_P[pooled_P] = int(kept_number_B[-1]) + 1 + refilled[0]
-    new_slot_P[pooled_P] = refilled[1]
-    return new_bin_P, new_slot_P
+    new_number_B = (np.cumsum(~pooled_B) - 1).astype(bin_P.dtype)
+    new_bin_P = new_number_B[bin_P]
+    new_bin_P[pooled_P] = gap_B.size - gappy.size + refilled[0]
+    slot_P[pooled_P] = refilled[1]
+    return new_bin_P, slot_P
 
 
 def _refill(
@@ -248,7 +307,7 @@ def _refill(
 
     Best-fit-decreasing ends with pieces that no longer complement each other; a random order keeps the mix of lengths
     until the last bin. Returns bin and slot of every piece, or None as soon as more than ``spare`` tokens of room
-    have been left open: then no bin can be saved any more.
+    have been left open, for then no bin can be saved any more, or when the search has become too long.
     """
     left_L = np.bincount(lengths_P, minlength=capacity + 1)
     closing_room = min(capacity, 3 * int(np.median(lengths_P)) + int(lengths_P.min()))
@@ -256,15 +315,18 @@ def _refill(
     taken_early: Counter[int] = Counter()  # lengths that closed a bin, still to be skipped in `waiting`
     bins: list[list[int]] = []
     pieces_left = lengths_P.size
+    compared = 0
     while pieces_left:
         content, room = _draw(waiting, taken_early, left_L, capacity, closing_room)
-        closing = _pieces_that_close(left_L, room) or _longest_that_fit(left_L, room)
+        closing, searches = _pieces_that_close(left_L, room)
+        compared += searches * (room + LENGTHS_A_CALL_IS_WORTH)
+        closing = closing or _longest_that_fit(left_L, room)
         for length in closing:
             left_L[length] -= 1
         taken_early.update(closing)
         content += closing
         spare -= room - sum(closing)
-        if spare < 0:
+        if spare < 0 or compared > MOST_LENGTHS_COMPARED:
             return None
         pieces_left -= len(content)
         bins.append(content)
@@ -300,26 +362,30 @@ def _draw(
     return content, room
 
 
-def _pieces_that_close(left_L: Int64, room: int) -> list[int]:
-    """One, two or three lengths of those left that add up to ``room`` exactly; [] if a bounded search finds none.
+def _pieces_that_close(left_L: Int64, room: int) -> tuple[list[int], int]:
+    """One, two or three lengths of those left that add up to ``room`` exactly, and how many searches that took.
+
+    The search is bounded: [] may also mean that three would have been found later.
 
     >>> _pieces_that_close(np.bincount([2, 2, 3, 7]), 7), _pieces_that_close(np.bincount([2, 2, 3]), 7)
-    ([7], [2, 2, 3])
+    (([7], 0), ([2, 2, 3], 2))
     """
     if room == 0:
-        return []
+        return [], 0
     if room < left_L.size and left_L[room]:
-        return [room]
+        return [room], 0
     pair = _pair_that_closes(left_L, room)
     if pair:
-        return pair
+        return pair, 1
+    searches = 1
     for first in np.flatnonzero(left_L[:room])[:MOST_FIRST_PIECES_TRIED].tolist():
         left_L[first] -= 1
         pair = _pair_that_closes(left_L, room - first)
         left_L[first] += 1
+        searches += 1
         if pair:
-            return [first, *pair]
-    return []
+            return [first, *pair], searches
+    return [], searches
 
 
 def _pair_that_closes(left_L: Int64, room: int) -> list[int]:
@@ -336,11 +402,14 @@ def _pair_that_closes(left_L: Int64, room: int) -> list[int]:
 
 
 def _longest_that_fit(left_L: Int64, room: int) -> list[int]:
-    """Always the longest length left that still fits, until none does."""
-    chosen: Counter[int] = Counter()
-    while True:
-        fitting = [length for length in np.flatnonzero(left_L[: room + 1]).tolist() if left_L[length] > chosen[length]]
-        if not fitting:
-            return list(chosen.elements())
-        chosen[fitting[-1]] += 1
-        room -= fitting[-1]
+    """Always the longest length left that still fits, until none does.
+
+    >>> _longest_that_fit(np.bincount([2, 2, 3, 7]), 6)
+    [3, 2]
+    """
+    chosen: list[int] = []
+    for length in np.flatnonzero(left_L[: room + 1])[::-1].tolist():
+        fitting = min(int(left_L[length]), room // length)
+        chosen += [length] * fitting
+        room -= length * fitting
+    return chosen
