@@ -13,7 +13,8 @@ import yaml
 
 from trainkit.cli import run
 from trainkit.commands.pack_data import StageClock
-from trainkit.data.packed_store import PackedRows, verify
+from trainkit.data.packed_store import PackedRows
+from trainkit.data.sealed_folder import verify
 
 KEYS = {
     "documents",

@@ -10,20 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainkit.data import packed_store
+from trainkit.data import sealed_folder
 from trainkit.data.ledger import Ledger
 from trainkit.data.packed_store import (
     Documents,
     DocumentWriter,
     PackedRows,
+    PlacedPieces,
     PlannedRows,
-    StoreUnusable,
-    building,
     read_prompts,
-    verify,
     write_rows,
 )
-from trainkit.data.packing import Pieces
+from trainkit.data.sealed_folder import StoreUnusable, building, verify
 from trainkit.errors import MachineError
 
 DOCUMENTS = [list(range(100, 110)), [7], [50, 51, 52]]
@@ -49,9 +47,9 @@ def write_documents(folder: Path, key: str = "k", note: str = "first") -> None:
 def plan(train_on_overlap: bool = False) -> PlannedRows:
     """Two rows of eight: [8 tokens of document 0] and [document 2, the rest of document 0 with 3 repeated]."""
     return PlannedRows(
-        pieces=Pieces(
+        pieces=PlacedPieces(
             document_P=np.array([0, 2, 0]),
-            start_P=np.array([0, 0, 5]),
+            begin_P=np.array([0, 11, 5]),
             length_P=np.array([8, 3, 5], np.int32),
             overlap_P=np.array([0, 0, 3], np.int32),
         ),
@@ -147,7 +145,7 @@ def test_opening_does_not_read_the_tokens(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["files"]["tokens.bin"]["bytes"] = 40 * 2**30
-    manifest["sha256"] = packed_store._checksum_of(manifest)
+    manifest["sha256"] = sealed_folder._checksum_of(manifest)
     (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
     documents = Documents.open(tmp_path / "store")
     assert int(documents.tokens_K[10 * 2**30 - 1]) == 0
@@ -182,7 +180,7 @@ def test_a_missing_file_is_found_by_opening(tmp_path: Path) -> None:
         Documents.open(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sha256": 1, "format": 1}', "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"sha256": 1, "format": 2}', "\x00\x01"])
 def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
     write_documents(tmp_path / "store")
     (tmp_path / "store" / "manifest.json").write_text(text)
@@ -200,8 +198,8 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
 
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_documents(tmp_path / "store")
-    monkeypatch.setattr(packed_store, "FORMAT_VERSION", packed_store.FORMAT_VERSION + 1)
-    with pytest.raises(StoreUnusable, match="format 1, and this trainkit reads 2"):
+    monkeypatch.setattr(sealed_folder, "FORMAT_VERSION", sealed_folder.FORMAT_VERSION + 1)
+    with pytest.raises(StoreUnusable, match="format 2, and this trainkit reads 3"):
         Documents.open(tmp_path / "store")
 
 
@@ -243,7 +241,8 @@ KILLED = """
 import os, sys, signal
 from pathlib import Path
 import numpy as np
-from trainkit.data.packed_store import building, DocumentWriter
+from trainkit.data.packed_store import DocumentWriter
+from trainkit.data.sealed_folder import building
 with building(Path(sys.argv[1]), "documents", "k") as builder:
     writer = DocumentWriter(builder)
     about = dict(separator=False, source=0, example=0, digest=1, has_prompt=False, place="x")
@@ -263,13 +262,13 @@ def test_a_killed_maker_leaves_nothing_that_is_found_and_the_next_one_cleans_up(
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "store").exists()
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(packed_store, "ABANDONED_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(sealed_folder, "ABANDONED_AFTER_SECONDS", 0.0)
     write_documents(tmp_path / "store")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_a_folder_that_is_being_filled_is_not_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_store, "ABANDONED_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(sealed_folder, "ABANDONED_AFTER_SECONDS", -1.0)
     with building(tmp_path / "slow", "documents", "k") as builder:
         write_documents(tmp_path / "quick")
         assert builder.folder.exists()

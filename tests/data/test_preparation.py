@@ -244,7 +244,7 @@ def test_changed_bytes_or_another_encoder_have_another_key(tmp_path: Path) -> No
     assert texts(prepared.train) == ["2wo the answer", "one the answer"]
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "manifest.json", "rows/*/train-starts.bin", "rows/*/manifest.json"])
+@pytest.mark.parametrize("file", ["tokens.bin", "manifest.json", "rows/*/train-begins.bin", "rows/*/manifest.json"])
 def test_what_is_damaged_in_the_cache_is_made_anew_and_told(tmp_path: Path, file: str) -> None:
     source = pairs(tmp_path / "a.jsonl", [f"question {n} " for n in range(20)])
     first = run(recipe(source), tmp_path / "cache")

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-Positions = NDArray[np.int32] | NDArray[np.int64]
+Positions = NDArray[np.signedinteger[Any]]
 """32 bits where every value fits into them (:func:`position_type`), 64 bits otherwise."""
 
 GAP_WORTH_CLOSING = 1 / 5000
@@ -113,7 +113,7 @@ def cut(
     )
 
 
-def position_type(largest: int) -> type[np.int32] | type[np.int64]:
+def position_type(largest: int) -> type[np.signedinteger[Any]]:
     """The narrowest signed integer that counts to ``largest``.
 
     >>> position_type(2**31 - 1), position_type(2**31)
@@ -189,7 +189,7 @@ def _longest_first(lengths_P: NDArray[np.integer], counts_L: Int64, rng: np.rand
     # numpy sorts 16-bit keys by radix, in linear time; wider ones are sorted by their lower half, then by their upper.
     order_P = np.argsort(shortage_P.astype(np.uint16), kind="stable")
     if longest >= 2**16:
-        order_P = order_P[np.argsort((shortage_P >> 16).astype(np.uint16)[order_P], kind="stable")]
+        order_P = order_P[np.argsort((shortage_P // 2**16).astype(np.uint16)[order_P], kind="stable")]
     narrow_P: Positions = order_P.astype(position_type(order_P.size))
     ends_L = np.cumsum(counts_L[::-1])
     several_L = np.flatnonzero(counts_L[::-1] > 1)
@@ -202,7 +202,8 @@ def _place_groups(counts_L: Int64, capacity: int) -> Int64:
     """Best-fit-decreasing over the histogram: ``counts_L[l]`` pieces of length l.
 
     Returns the placements, shape (placements, 5): first bin, number of bins, pieces put into each of them, pieces
-    that already lay in each, their length. Placement after placement takes its pieces from the list of pieces by falling length.
+    that already lay in each, their length. Placement after placement takes its pieces from the list of pieces by
+    falling length.
 
     The tightest bin stays the tightest while it still takes a piece of the same length, so a bin receives all the
     pieces of this length that it has room for before the next bin receives one.

@@ -29,18 +29,15 @@ from trainkit.data.conversations import Conversation, Dropped, Message, PlainTex
 from trainkit.data.document_stream import canonical_json, encoded_blocks, recognised_source
 from trainkit.data.mask_gate import MaskGate
 from trainkit.data.packed_store import (
-    FORMAT_VERSION,
     Documents,
     DocumentWriter,
     PackedRows,
-    StoreUnusable,
-    building,
     read_facts,
     read_prompts,
-    verify,
     write_rows,
 )
 from trainkit.data.row_plan import TOO_LONG, Selection, held_out, plan_rows
+from trainkit.data.sealed_folder import FORMAT_VERSION, StoreUnusable, building, verify
 from trainkit.data.sources import read_source, source_files
 from trainkit.errors import DataError, MachineError
 
@@ -60,6 +57,8 @@ Progress = Callable[[str, int, int | None], None]
 
 MANY_PASSES = 3.0
 PLACES_NAMED = 3
+COMPARED_AT_ONCE = 2**28
+"""Bytes of a folder found again that are compared with their sums at once; the rest are when they are first read."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def _is_sound(folder: Path, kind: Literal["documents", "rows"], key: str, warnin
     if not folder.exists():
         return False
     try:
-        verify(folder, kind, key)
+        verify(folder, kind, key, at_most_bytes=COMPARED_AT_ONCE)
     except StoreUnusable as error:
         warnings.append(f"warning: {error}; made anew")
         return False

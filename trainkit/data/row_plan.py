@@ -2,20 +2,22 @@
 
 held out or not → cut into pieces → pieces without a target left out → copies by weight → bins → ledger
 
-Legend: N documents (of one part), P pieces, S sources, R rows.
+Every step costs a few vectorised passes over documents and pieces; of the tokens only the flags of long documents are
+read, a block at a time. At its peak a plan holds about 60 bytes for each document and 90 for each piece.
+
+Legend: N documents (of one part), P pieces, S sources, R rows, Q ranges of tokens, K tokens of the store.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainkit.data.ledger import Ledger, SourceShare
-from trainkit.data.packed_store import PlannedRows
-from trainkit.data.packing import Pieces, best_fit, cut, one_a_bin
+from trainkit.data.packed_store import PlacedPieces, PlannedRows
+from trainkit.data.packing import best_fit, cut, one_a_bin, position_type
 from trainkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainkit.data.packed_store import Documents
+    from trainkit.data.packing import Pieces
     from trainkit.recipe.schema import Packing, Source
 
+    Int32 = NDArray[np.int32]
     Int64 = NDArray[np.int64]
     Bool = NDArray[np.bool_]
 
@@ -33,6 +37,7 @@ NO_TARGET = "no trained token"
 TRUNCATED_TO_NO_TARGET = "truncated to no trained token"
 PIECE_WITHOUT_TARGET = "piece of a long document without a trained token"
 TOO_LONG = "longer than sequence_length"
+TOKENS_COUNTED_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -52,27 +57,36 @@ class _CountedPieces:
     """Pieces with what the ledger counts of each; all arrays (P,). ``pieces.document_P`` counts within the part."""
 
     pieces: Pieces
-    targets_P: Int64
+    targets_P: Int32
     """Trained tokens, separator and trained overlap included."""
-    overlap_targets_P: Int64
+    overlap_targets_P: Int32
     separator_P: Bool
     separator_target_P: Bool
 
 
 def held_out(digests_N: NDArray[np.uint64], fraction: float, seed: int) -> Bool:
-    """Which documents are held out: those whose digest, hashed with ``seed``, falls into the first ``fraction``.
+    """Which documents are held out: those whose digest, mixed with ``seed``, falls into the first ``fraction``.
 
     It depends on nothing but the document's own content and the seed, so equal examples stay together and new examples
-    move none of the old ones.
+    move none of the old ones. The digest is already as good as random; the mix (the 64-bit finaliser of splitmix64,
+    Steele, Lea and Flood 2014) makes every seed choose independently of every other.
+
+    >>> held_out(np.arange(12, dtype=np.uint64), 0.25, seed=0).nonzero()[0].tolist()
+    [1, 4, 5]
     """
-    threshold = int(fraction * 2**64)
-    start = hashlib.sha256(f"held out {seed} ".encode())
-    held = np.empty(digests_N.size, np.bool_)
-    for index, digest in enumerate(digests_N.tolist()):
-        hashed = start.copy()
-        hashed.update(digest.to_bytes(8, "little"))
-        held[index] = int.from_bytes(hashed.digest()[:8], "big") < threshold
-    return held
+    mixed_N = _mixed(digests_N ^ _mixed(np.array([seed], np.int64).astype(np.uint64)))
+    return mixed_N < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+
+
+def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 64 bits in which every bit of the value moves about half of the bits of the result."""
+    mixed = values + np.uint64(0x9E3779B97F4A7C15)
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def plan_rows(documents: Documents, selection: Selection, packing: Packing, seed: int) -> PlannedRows:
@@ -82,10 +96,12 @@ def plan_rows(documents: Documents, selection: Selection, packing: Packing, seed
     to train, and where a source with a weight has no trained token.
     """
     chosen_N = selection.documents_N
-    lengths_N = np.diff(documents.offsets_N)[chosen_N]
+    begins_N = documents.offsets_N[chosen_N]
+    lengths_N = documents.offsets_N[1:][chosen_N] - begins_N
     if packing.long_documents == "error":
         _refuse_long_documents(documents, chosen_N, lengths_N, packing.sequence_length)
-    every = _cut_and_count(documents, chosen_N, lengths_N, packing)
+    document_targets_N = documents.targets_N[chosen_N]
+    every = _cut_and_count(documents, chosen_N, begins_N, lengths_N, document_targets_N, packing)
     kept = _take(every, every.targets_P > 0)
     if not len(kept.pieces):
         raise DataError(
@@ -96,28 +112,34 @@ def plan_rows(documents: Documents, selection: Selection, packing: Packing, seed
     targets_N = np.bincount(kept.pieces.document_P, kept.targets_P, minlength=chosen_N.size).astype(np.int64)
     copies_N = copies_by_weight(targets_N, source_N, selection.sources, seed)
 
-    repeat_P = np.repeat(np.arange(len(kept.pieces)), copies_N[kept.pieces.document_P])
-    packed = _take(kept, repeat_P)
-    number_of_pieces, lengths_P = len(packed.pieces), packed.pieces.length_P
+    packed = _repeated(kept, copies_N)
+    pieces = packed.pieces
     best = packing.strategy == "best-fit"
-    bins = best_fit(lengths_P, packing.sequence_length, seed) if best else one_a_bin(number_of_pieces)
+    bins = best_fit(pieces.length_P, packing.sequence_length, seed) if best else one_a_bin(len(pieces))
     ledger = _account(
         every,
         packed,
         selection,
         words_N=lengths_N - documents.separators_N[chosen_N],
         copies_N=copies_N,
-        document_targets_N=documents.targets_N[chosen_N],
+        document_targets_N=document_targets_N,
         rows=len(bins),
         packing=packing,
         sources=_shares(selection.sources, source_N, targets_N, copies_N),
     )
     ledger.check()
-    in_rows = packed.pieces.take(bins.order_P)
+    order_P = bins.order_P
+    document_P = pieces.document_P[order_P]
+    begin_P = begins_N.astype(position_type(documents.trained_K.size))[document_P] + pieces.start_P[order_P]
     return PlannedRows(
-        pieces=Pieces(chosen_N[in_rows.document_P], in_rows.start_P, in_rows.length_P, in_rows.overlap_P),
+        pieces=PlacedPieces(
+            document_P=chosen_N.astype(position_type(len(documents)))[document_P],
+            begin_P=begin_P,
+            length_P=pieces.length_P[order_P],
+            overlap_P=pieces.overlap_P[order_P],
+        ),
         offsets_R=bins.offsets_B,
-        targets_R=np.add.reduceat(packed.targets_P[bins.order_P], bins.offsets_B[:-1]),
+        targets_R=np.add.reduceat(packed.targets_P[order_P], bins.offsets_B[:-1]),
         sequence_length=packing.sequence_length,
         train_on_overlap=packing.train_on_overlap,
         ledger=ledger,
@@ -165,34 +187,73 @@ def _refuse_long_documents(documents: Documents, chosen_N: Int64, lengths_N: Int
         )
 
 
-def _cut_and_count(documents: Documents, chosen_N: Int64, lengths_N: Int64, packing: Packing) -> _CountedPieces:
+def _cut_and_count(
+    documents: Documents, chosen_N: Int64, begins_N: Int64, lengths_N: Int64, targets_N: Int64, packing: Packing
+) -> _CountedPieces:
     """All pieces of the selected documents, each once."""
     policy = "split" if packing.long_documents == "error" else packing.long_documents
     # An overlap that a short row has no room for matters only where something is split.
     overlap = packing.overlap if policy == "split" and lengths_N.max(initial=0) > packing.sequence_length else 0
     pieces = cut(lengths_N, packing.sequence_length, policy, overlap)
-    begin_P = documents.offsets_N[chosen_N][pieces.document_P] + pieces.start_P
-    whole_P = pieces.length_P == lengths_N[pieces.document_P]
-    targets_P = documents.targets_N[chosen_N][pieces.document_P]
-    overlap_targets_P = np.zeros(len(pieces), np.int64)
-    trained_K = documents.trained_K
-    for piece in np.flatnonzero(~whole_P).tolist():
+    document_P = pieces.document_P
+    targets_P = np.minimum(targets_N, packing.sequence_length).astype(np.int32)[document_P]
+    overlap_targets_P = np.zeros(len(pieces), np.int32)
+    parts = np.flatnonzero(pieces.length_P < lengths_N[document_P])
+    if parts.size:
+        begin_Q = begins_N[document_P[parts]] + pieces.start_P[parts]
+        end_Q = begin_Q + pieces.length_P[parts]
         # The first token of a piece has nothing before it to be predicted from.
-        begin, end = int(begin_P[piece]) + 1, int(begin_P[piece] + pieces.length_P[piece])
-        new = max(begin, int(begin_P[piece] + pieces.overlap_P[piece]))
-        if packing.train_on_overlap:
-            overlap_targets_P[piece] = np.count_nonzero(trained_K[begin:new])
-        targets_P[piece] = np.count_nonzero(trained_K[new:end]) + overlap_targets_P[piece]
+        new_Q = begin_Q + np.maximum(pieces.overlap_P[parts], 1)
+        targets_P[parts] = count_trained(documents, new_Q, end_Q)
+        if packing.train_on_overlap and overlap:
+            overlap_targets_P[parts] = count_trained(documents, begin_Q + 1, new_Q)
+            targets_P[parts] += overlap_targets_P[parts]
 
-    ends_here_P = pieces.start_P + pieces.length_P == lengths_N[pieces.document_P]
-    separator_P = ends_here_P & documents.separators_N[chosen_N][pieces.document_P]
-    separator_target_P = separator_P & (pieces.length_P > 1)
-    last_P = begin_P[separator_target_P] + pieces.length_P[separator_target_P] - 1
-    separator_target_P[separator_target_P] = trained_K[last_P]
+    separator_P = documents.separators_N[chosen_N][document_P]
+    separator_P &= pieces.start_P + pieces.length_P == lengths_N[document_P]
+    separator_target_P = separator_P & documents.trained_separators_N[chosen_N][document_P] & (pieces.length_P > 1)
     return _CountedPieces(pieces, targets_P, overlap_targets_P, separator_P, separator_target_P)
 
 
+def count_trained(documents: Documents, begin_Q: Int64, end_Q: Int64) -> Int64:
+    """How many tokens of the store are trained from ``begin_Q`` to ``end_Q``; both rise, and ranges may overlap.
+
+    The flags are read in blocks, and only where there are ranges: what is in memory at once does not grow with them.
+    Raises StoreUnusable for damage.
+    """
+    counts_Q = np.zeros(begin_Q.size, np.int64)
+    trained_K = documents.trained_K
+    # A byte of 0 beyond the block, so that eight flags at a time can be counted as the bits of one word.
+    flags = np.zeros(TOKENS_COUNTED_AT_ONCE + 8, np.bool_)
+    words = flags.view("<u8")
+    for start in range(0, trained_K.size, TOKENS_COUNTED_AT_ONCE):
+        stop = min(start + TOKENS_COUNTED_AT_ONCE, trained_K.size)
+        here = slice(int(np.searchsorted(end_Q, start, "right")), int(np.searchsorted(begin_Q, stop, "left")))
+        if here.start >= here.stop:
+            continue
+        first, last = max(start, int(begin_Q[here.start])), min(stop, int(end_Q[here.stop - 1]))
+        documents.check_trained(first, last)
+        flags[: stop - start] = trained_K[start:stop]
+        flags[stop - start :] = False
+        before_words = np.cumsum(np.bitwise_count(words), dtype=np.int32) - np.bitwise_count(words)
+        for edge_Q, sign in ((end_Q, 1), (begin_Q, -1)):
+            inside = np.clip(edge_Q[here], start, stop) - start
+            word, flag = inside >> 3, (inside & 7).astype(np.uint64)
+            begun = np.bitwise_count(words[word] & ((np.uint64(1) << (np.uint64(8) * flag)) - np.uint64(1)))
+            counts_Q[here] += sign * (before_words[word] + begun)
+    return counts_Q
+
+
+def _repeated(counted: _CountedPieces, copies_N: Int64) -> _CountedPieces:
+    """Every piece as often as its document appears."""
+    if (copies_N == 1).all():
+        return counted
+    return _take(counted, np.repeat(np.arange(len(counted.pieces)), copies_N[counted.pieces.document_P]))
+
+
 def _take(counted: _CountedPieces, index_P: Int64 | Bool) -> _CountedPieces:
+    if index_P.dtype == np.bool_ and index_P.all():
+        return counted
     return _CountedPieces(
         counted.pieces.take(index_P),
         counted.targets_P[index_P],
@@ -216,8 +277,10 @@ def _account(
 ) -> Ledger:
     """The ledger: ``every`` piece once, the ``packed`` ones as often as they stand in rows; ``words_N`` tokens read."""
     in_rows_N = np.bincount(packed.pieces.document_P, minlength=words_N.size) > 0
+    has_piece_N = np.bincount(every.pieces.document_P, minlength=words_N.size) > 0
     cut_away_N = words_N - np.bincount(every.pieces.document_P, _new_words(every), words_N.size).astype(np.int64)
     dropped: dict[str, int] = {}
+    examples_dropped = dict(selection.examples_dropped)
     truncated = 0
     if packing.long_documents == "drop":
         _add(dropped, TOO_LONG, int(cut_away_N.sum()))
@@ -227,19 +290,19 @@ def _account(
     # A piece that is left out is left out of every copy of its document.
     left_out = _take(every, every.targets_P == 0)
     left_out_words_P = _new_words(left_out) * copies_N[left_out.pieces.document_P]
-    reason_N = np.where(document_targets_N == 0, NO_TARGET, _reason_for_lost_targets(packing))
-    for reason in np.unique(reason_N).tolist():
-        _add(dropped, reason, int(left_out_words_P[reason_N[left_out.pieces.document_P] == reason].sum()))
-
-    examples_dropped = dict(selection.examples_dropped)
-    has_piece_N = np.bincount(every.pieces.document_P, minlength=words_N.size) > 0
-    for reason in np.unique(reason_N).tolist():
-        _add(examples_dropped, reason, int(np.count_nonzero(~in_rows_N & has_piece_N & (reason_N == reason))))
+    untrained_N = document_targets_N == 0
+    untrained_P = untrained_N[left_out.pieces.document_P]
+    for reason, of_N, of_P in (
+        (NO_TARGET, untrained_N, untrained_P),
+        (_reason_for_lost_targets(packing), ~untrained_N, ~untrained_P),
+    ):
+        _add(dropped, reason, int(left_out_words_P[of_P].sum()))
+        _add(examples_dropped, reason, int(np.count_nonzero(~in_rows_N & has_piece_N & of_N)))
     _add(examples_dropped, TOO_LONG, int(np.count_nonzero(~has_piece_N)))
 
     separators_trained = int(packed.separator_target_P.sum())
-    overlap_trained = int(packed.overlap_targets_P.sum())
-    trained = int(packed.targets_P.sum()) - separators_trained - overlap_trained
+    overlap_trained = int(packed.overlap_targets_P.sum(dtype=np.int64))
+    trained = int(packed.targets_P.sum(dtype=np.int64)) - separators_trained - overlap_trained
     return Ledger(
         sequence_length=packing.sequence_length,
         rows=rows,
