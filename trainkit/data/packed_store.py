@@ -158,14 +158,15 @@ class Documents:
 
     def check_tokens(self, begin: int, end: int) -> None:
         """Compare ``tokens_K`` and ``trained_K`` with their sums from ``begin`` to ``end``, each block once."""
-        first, last = begin // TOKENS_AT_ONCE, (end - 1) // TOKENS_AT_ONCE
-        for block in range(first, last + 1):
-            if not self._checked[block]:
-                start = block * TOKENS_AT_ONCE
-                stop = min(start + TOKENS_AT_ONCE, self.tokens_K.size)
-                self._check("tokens", start, stop)
-                self._check("trained", start, stop)
-                self._checked[block] = 1
+        stop_block = (end - 1) // TOKENS_AT_ONCE + 1
+        block = self._checked.find(0, begin // TOKENS_AT_ONCE, stop_block)
+        while block >= 0:
+            start = block * TOKENS_AT_ONCE
+            stop = min(start + TOKENS_AT_ONCE, self.tokens_K.size)
+            self._check("tokens", start, stop)
+            self._check("trained", start, stop)
+            self._checked[block] = 1
+            block = self._checked.find(0, block + 1, stop_block)
 
     def check_trained(self, begin: int, end: int) -> None:
         """Compare ``trained_K`` alone with its sums from ``begin`` to ``end``, each block once."""
@@ -275,22 +276,21 @@ class PackedRows:
         first, last = self._pieces_of(index)
         pieces, documents = self._plan.pieces, self.documents
         lengths_S = pieces.length_P[first:last].copy()
-        spans = [
-            slice(begin, begin + length)
-            for begin, length in zip(pieces.begin_P[first:last].tolist(), lengths_S.tolist(), strict=True)
-        ]
-        for span in spans:
-            documents.check_tokens(span.start, span.stop)
-        trained_K, tokens_K = documents.trained_K, documents.tokens_K
-        trained_T = np.concatenate([trained_K[span] for span in spans])
-        starts_S = np.cumsum(lengths_S) - lengths_S
+        ids, trained = [], []
+        for begin, length in zip(pieces.begin_P[first:last].tolist(), lengths_S.tolist(), strict=True):
+            end = begin + length
+            documents.check_tokens(begin, end)
+            ids.append(documents.tokens_K[begin:end])
+            trained.append(documents.trained_K[begin:end])
+        trained_T = np.concatenate(trained)
+        starts_S = lengths_S.cumsum() - lengths_S
         trained_T[starts_S] = False
         if not self._plan.train_on_overlap:
             overlaps_S = pieces.overlap_P[first:last]
             for segment in overlaps_S.nonzero()[0].tolist():
-                start = int(starts_S[segment])
-                trained_T[start : start + int(overlaps_S[segment])] = False
-        return Row(np.concatenate([tokens_K[span] for span in spans]), trained_T, lengths_S)
+                start = starts_S.item(segment)
+                trained_T[start : start + overlaps_S.item(segment)] = False
+        return Row(np.concatenate(ids), trained_T, lengths_S)
 
     def trained_tokens(self, index: int) -> int:
         """Targets in row ``index``. Raises IndexError."""

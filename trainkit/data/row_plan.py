@@ -37,7 +37,8 @@ NO_TARGET = "no trained token"
 TRUNCATED_TO_NO_TARGET = "truncated to no trained token"
 PIECE_WITHOUT_TARGET = "piece of a long document without a trained token"
 TOO_LONG = "longer than sequence_length"
-TOKENS_COUNTED_AT_ONCE = 2**23
+TOKENS_COUNTED_AT_ONCE = 2**20
+"""Flags that fit into a core's own cache between comparing them with their sums and counting them."""
 
 
 @dataclass(frozen=True)
@@ -223,24 +224,24 @@ def count_trained(documents: Documents, begin_Q: Int64, end_Q: Int64) -> Int64:
     """
     counts_Q = np.zeros(begin_Q.size, np.int64)
     trained_K = documents.trained_K
-    # A byte of 0 beyond the block, so that eight flags at a time can be counted as the bits of one word.
-    flags = np.zeros(TOKENS_COUNTED_AT_ONCE + 8, np.bool_)
-    words = flags.view("<u8")
     for start in range(0, trained_K.size, TOKENS_COUNTED_AT_ONCE):
         stop = min(start + TOKENS_COUNTED_AT_ONCE, trained_K.size)
         here = slice(int(np.searchsorted(end_Q, start, "right")), int(np.searchsorted(begin_Q, stop, "left")))
         if here.start >= here.stop:
             continue
-        first, last = max(start, int(begin_Q[here.start])), min(stop, int(end_Q[here.stop - 1]))
-        documents.check_trained(first, last)
-        flags[: stop - start] = trained_K[start:stop]
-        flags[stop - start :] = False
-        before_words = np.cumsum(np.bitwise_count(words), dtype=np.int32) - np.bitwise_count(words)
+        documents.check_trained(max(start, int(begin_Q[here.start])), min(stop, int(end_Q[here.stop - 1])))
+        flags = trained_K[start:stop]
+        if flags.size % 8:
+            flags = np.pad(flags, (0, 8 - flags.size % 8))
+        # Eight flags at a time are counted as the bits of one word.
+        words = flags.view("<u8")
+        before_words = np.zeros(words.size + 1, np.int32)
+        np.cumsum(np.bitwise_count(words), out=before_words[1:])
         for edge_Q, sign in ((end_Q, 1), (begin_Q, -1)):
             inside = np.clip(edge_Q[here], start, stop) - start
-            word, flag = inside >> 3, (inside & 7).astype(np.uint64)
-            begun = np.bitwise_count(words[word] & ((np.uint64(1) << (np.uint64(8) * flag)) - np.uint64(1)))
-            counts_Q[here] += sign * (before_words[word] + begun)
+            word, bits = inside >> 3, (inside & 7).astype(np.uint64) << np.uint64(3)
+            begun = words[np.minimum(word, words.size - 1)] & ((np.uint64(1) << bits) - np.uint64(1))
+            counts_Q[here] += sign * (before_words[word] + np.bitwise_count(begun))
     return counts_Q
 
 
