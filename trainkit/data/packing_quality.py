@@ -62,8 +62,9 @@ class PackingQuality:
 def packing_quality(rows: PackedRows) -> PackingQuality:
     """Measure rows that hold at least one document; reads lengths and no tokens."""
     lengths_P, context = rows.plan.pieces.length_P, rows.sequence_length
-    documents = np.unique(rows.plan.pieces.document_P)
-    lengths_N = rows.documents.offsets_N[documents + 1] - rows.documents.offsets_N[documents]
+    in_rows_N = np.zeros(len(rows.documents), np.bool_)  # marking is many times faster than sorting
+    in_rows_N[rows.plan.pieces.document_P] = True
+    lengths_N = np.diff(rows.documents.offsets_N)[in_rows_N]
     return PackingQuality(
         lower_bound_rows=lower_bound(lengths_P, context),
         packed_slots=len(rows) * context,
