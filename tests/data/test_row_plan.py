@@ -40,7 +40,9 @@ def in_memory(made: Sequence[Document], sources: Sequence[int] | None = None) ->
         "offsets": np.cumsum([0, *lengths]),
         "targets": np.array([flags.sum() for flags in trained]),
         "separators": np.array([separator for _, separator in made]),
-        "trained-separators": np.array([separator and bool(flags[-1]) for flags, (_, separator) in zip(trained, made, strict=True)]),
+        "trained-separators": np.array(
+            [separator and bool(flags[-1]) for flags, (_, separator) in zip(trained, made, strict=True)]
+        ),
         "sources": np.array(sources or [0] * len(made), np.int32),
         "examples": np.arange(len(made)),
         "digests": np.arange(len(made), dtype=np.uint64),

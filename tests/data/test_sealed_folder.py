@@ -96,7 +96,9 @@ def test_damage_is_found_when_its_block_is_first_read_and_not_before(
         if block != damaged:
             sealed.check("numbers", first, last)
     assert (folder / "manifest.json").exists()
-    with pytest.raises(StoreUnusable, match=rf"numbers\.bin has changed .* from {damaged * BLOCK_BYTES:,}\); run again"):
+    with pytest.raises(
+        StoreUnusable, match=rf"numbers\.bin has changed .* from {damaged * BLOCK_BYTES:,}\); run again"
+    ):
         sealed.check("numbers", byte // 8, byte // 8 + 1)
 
 

@@ -11,7 +11,7 @@ Legend: N documents (of one part), P pieces, S sources, R rows, Q ranges of toke
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainkit.data.packed_store import Documents
-    from trainkit.data.packing import Pieces
+    from trainkit.data.packing import Pieces, Positions
     from trainkit.recipe.schema import Packing, Source
 
     Int32 = NDArray[np.int32]
@@ -37,6 +37,7 @@ NO_TARGET = "no trained token"
 TRUNCATED_TO_NO_TARGET = "truncated to no trained token"
 PIECE_WITHOUT_TARGET = "piece of a long document without a trained token"
 TOO_LONG = "longer than sequence_length"
+PIECES_SUMMED_AT_ONCE = 2**20
 TOKENS_COUNTED_AT_ONCE = 2**20
 """Flags that fit into a core's own cache between comparing them with their sums and counting them."""
 
@@ -96,65 +97,71 @@ def plan_rows(documents: Documents, selection: Selection, packing: Packing, seed
     Raises DataError where a document is too long and the recipe says ``long_documents: error``, where nothing is left
     to train, and where a source with a weight has no trained token.
     """
-    chosen_N = selection.documents_N
-    begins_N = documents.offsets_N[chosen_N]
-    lengths_N = documents.offsets_N[1:][chosen_N] - begins_N
+    lengths_N = _narrow(np.diff(documents.offsets_N)[selection.documents_N])
     if packing.long_documents == "error":
-        _refuse_long_documents(documents, chosen_N, lengths_N, packing.sequence_length)
-    document_targets_N = documents.targets_N[chosen_N]
-    every = _cut_and_count(documents, chosen_N, begins_N, lengths_N, document_targets_N, packing)
-    kept = _take(every, every.targets_P > 0)
-    if not len(kept.pieces):
+        _refuse_long_documents(documents, selection.documents_N, lengths_N, packing.sequence_length)
+    every = _cut_and_count(documents, selection.documents_N, lengths_N, packing)
+    in_rows_P = _narrow(np.flatnonzero(every.targets_P))
+    if not in_rows_P.size:
         raise DataError(
-            f"{_names(selection.sources)}: of {chosen_N.size} documents none has a trained token in its rows; "
+            f"{_names(selection.sources)}: of {lengths_N.size} documents none has a trained token in its rows; "
             "see `trainkit inspect-data`, data.train_on and packing.long_documents"
         )
-    source_N = documents.sources_N[chosen_N] - selection.first_source
-    targets_N = np.bincount(kept.pieces.document_P, kept.targets_P, minlength=chosen_N.size).astype(np.int64)
+    source_N = documents.sources_N[selection.documents_N] - selection.first_source
+    targets_N = _sums_by_document(every.pieces.document_P, every.targets_P, lengths_N.size)
     copies_N = copies_by_weight(targets_N, source_N, selection.sources, seed)
+    if copies_N.max() > 1:
+        in_rows_P = np.repeat(in_rows_P, copies_N[every.pieces.document_P[in_rows_P]])
+    sources = _shares(selection.sources, source_N, targets_N, copies_N)
+    del source_N, targets_N
 
-    packed = _repeated(kept, copies_N)
-    pieces = packed.pieces
+    lengths_P = every.pieces.length_P[in_rows_P]
     best = packing.strategy == "best-fit"
-    bins = best_fit(pieces.length_P, packing.sequence_length, seed) if best else one_a_bin(len(pieces))
+    bins = best_fit(lengths_P, packing.sequence_length, seed) if best else one_a_bin(lengths_P.size)
     ledger = _account(
         every,
-        packed,
+        in_rows_P,
         selection,
-        words_N=lengths_N - documents.separators_N[chosen_N],
+        words_N=lengths_N - documents.separators_N[selection.documents_N],
+        untrained_N=documents.targets_N[selection.documents_N] == 0,
         copies_N=copies_N,
-        document_targets_N=document_targets_N,
         rows=len(bins),
         packing=packing,
-        sources=_shares(selection.sources, source_N, targets_N, copies_N),
+        sources=sources,
     )
     ledger.check()
-    order_P = bins.order_P
-    document_P = pieces.document_P[order_P]
-    begin_P = begins_N.astype(position_type(documents.trained_K.size))[document_P] + pieces.start_P[order_P]
+    in_order_P = in_rows_P[bins.order_P]
     return PlannedRows(
-        pieces=PlacedPieces(
-            document_P=chosen_N.astype(position_type(len(documents)))[document_P],
-            begin_P=begin_P,
-            length_P=pieces.length_P[order_P],
-            overlap_P=pieces.overlap_P[order_P],
-        ),
+        pieces=_placed(documents, selection.documents_N, every.pieces, in_order_P),
         offsets_R=bins.offsets_B,
-        targets_R=np.add.reduceat(packed.targets_P[order_P], bins.offsets_B[:-1]),
+        targets_R=np.add.reduceat(every.targets_P[in_order_P], bins.offsets_B[:-1]),
         sequence_length=packing.sequence_length,
         train_on_overlap=packing.train_on_overlap,
         ledger=ledger,
     )
 
 
-def copies_by_weight(targets_N: Int64, source_N: NDArray[np.integer], sources: Sequence[Source], seed: int) -> Int64:
+def _placed(documents: Documents, chosen_N: Int64, pieces: Pieces, in_order_P: Positions) -> PlacedPieces:
+    """The pieces ``in_order_P``, counted within the store and no longer within the part."""
+    # First in the order of the store, where neighbours lie beside each other, and then once in that of the rows.
+    document_P = chosen_N.astype(position_type(len(documents)))[pieces.document_P]
+    begin_P = documents.offsets_N[document_P].astype(position_type(documents.trained_K.size), copy=False)
+    begin_P += pieces.start_P
+    return PlacedPieces(
+        document_P[in_order_P], begin_P[in_order_P], pieces.length_P[in_order_P], pieces.overlap_P[in_order_P]
+    )
+
+
+def copies_by_weight(
+    targets_N: Positions, source_N: NDArray[np.integer], sources: Sequence[Source], seed: int
+) -> Int32:
     """How often each document appears: at least once, and so often that trained tokens stand as the weights say.
 
     The source that has most for its weight appears once; the others are repeated in whole passes and a part of a pass
     that ``seed`` draws. Without weights everything appears once. Raises DataError for a source with a weight and
     nothing to train.
     """
-    copies_N = np.ones(targets_N.size, np.int64)
+    copies_N = np.ones(targets_N.size, np.int32)
     weights = [source.weight for source in sources]
     if None in weights or len(sources) == 1:
         return copies_N
@@ -171,13 +178,13 @@ def copies_by_weight(targets_N: Int64, source_N: NDArray[np.integer], sources: S
         members = np.flatnonzero((source_N == index) & (targets_N > 0))
         copies_N[members] = passes
         drawn = np.random.default_rng([seed, index]).permutation(members)
-        reached = np.concatenate(([0], np.cumsum(targets_N[drawn])))
+        reached = np.concatenate(([0], np.cumsum(targets_N[drawn], dtype=np.int64)))
         extra = int(np.argmin(np.abs(reached - (wanted - passes * total))))
         copies_N[drawn[:extra]] += 1
     return copies_N
 
 
-def _refuse_long_documents(documents: Documents, chosen_N: Int64, lengths_N: Int64, sequence_length: int) -> None:
+def _refuse_long_documents(documents: Documents, chosen_N: Int64, lengths_N: Positions, sequence_length: int) -> None:
     too_long = np.flatnonzero(lengths_N > sequence_length)
     if too_long.size:
         first = int(too_long[0])
@@ -188,20 +195,20 @@ def _refuse_long_documents(documents: Documents, chosen_N: Int64, lengths_N: Int
         )
 
 
-def _cut_and_count(
-    documents: Documents, chosen_N: Int64, begins_N: Int64, lengths_N: Int64, targets_N: Int64, packing: Packing
-) -> _CountedPieces:
+def _cut_and_count(documents: Documents, chosen_N: Int64, lengths_N: Positions, packing: Packing) -> _CountedPieces:
     """All pieces of the selected documents, each once."""
     policy = "split" if packing.long_documents == "error" else packing.long_documents
     # An overlap that a short row has no room for matters only where something is split.
     overlap = packing.overlap if policy == "split" and lengths_N.max(initial=0) > packing.sequence_length else 0
     pieces = cut(lengths_N, packing.sequence_length, policy, overlap)
     document_P = pieces.document_P
-    targets_P = np.minimum(targets_N, packing.sequence_length).astype(np.int32)[document_P]
+    # Right for whole documents; those of their parts are counted below.
+    most_N = np.minimum(documents.targets_N[chosen_N], packing.sequence_length).astype(np.int32)
+    targets_P = most_N[document_P]
     overlap_targets_P = np.zeros(len(pieces), np.int32)
     parts = np.flatnonzero(pieces.length_P < lengths_N[document_P])
     if parts.size:
-        begin_Q = begins_N[document_P[parts]] + pieces.start_P[parts]
+        begin_Q = documents.offsets_N[chosen_N[document_P[parts]]] + pieces.start_P[parts]
         end_Q = begin_Q + pieces.length_P[parts]
         # The first token of a piece has nothing before it to be predicted from.
         new_Q = begin_Q + np.maximum(pieces.overlap_P[parts], 1)
@@ -245,54 +252,59 @@ def count_trained(documents: Documents, begin_Q: Int64, end_Q: Int64) -> Int64:
     return counts_Q
 
 
-def _repeated(counted: _CountedPieces, copies_N: Int64) -> _CountedPieces:
-    """Every piece as often as its document appears."""
-    if (copies_N == 1).all():
-        return counted
-    return _take(counted, np.repeat(np.arange(len(counted.pieces)), copies_N[counted.pieces.document_P]))
+def _sums_by_document(document_P: Positions, values_P: NDArray[np.integer], documents: int) -> Positions:
+    """The sum over the pieces of each document; ``document_P`` rises. In blocks, for numpy sums in wider numbers."""
+    sums_N = np.zeros(documents, np.int64)
+    for start in range(0, document_P.size, PIECES_SUMMED_AT_ONCE):
+        block = slice(start, start + PIECES_SUMMED_AT_ONCE)
+        first = int(document_P[start])
+        sums = np.bincount(document_P[block] - first, values_P[block])
+        sums_N[first : first + sums.size] += sums.astype(np.int64)
+    return _narrow(sums_N)
 
 
-def _take(counted: _CountedPieces, index_P: Int64 | Bool) -> _CountedPieces:
-    if index_P.dtype == np.bool_ and index_P.all():
-        return counted
-    return _CountedPieces(
-        counted.pieces.take(index_P),
-        counted.targets_P[index_P],
-        counted.overlap_targets_P[index_P],
-        counted.separator_P[index_P],
-        counted.separator_target_P[index_P],
-    )
+def _narrow(values: Int64) -> Positions:
+    """The same numbers, in 32 bits where they fit."""
+    return values.astype(position_type(int(values.max(initial=0))), copy=False)
 
 
 def _account(
     every: _CountedPieces,
-    packed: _CountedPieces,
+    in_rows_P: Positions,
     selection: Selection,
     *,
-    words_N: Int64,
-    copies_N: Int64,
-    document_targets_N: Int64,
+    words_N: Positions,
+    untrained_N: Bool,
+    copies_N: Int32,
     rows: int,
     packing: Packing,
     sources: tuple[SourceShare, ...],
 ) -> Ledger:
-    """The ledger: ``every`` piece once, the ``packed`` ones as often as they stand in rows; ``words_N`` tokens read."""
-    in_rows_N = np.bincount(packed.pieces.document_P, minlength=words_N.size) > 0
-    has_piece_N = np.bincount(every.pieces.document_P, minlength=words_N.size) > 0
-    cut_away_N = words_N - np.bincount(every.pieces.document_P, _new_words(every), words_N.size).astype(np.int64)
+    """The ledger of ``every`` piece, where ``in_rows_P`` stand in rows, each as often as it is named.
+
+    A document has ``words_N`` tokens that were read, and none of them is trained where it is ``untrained_N``.
+    """
+    pieces, documents = every.pieces, words_N.size
+    document_in_rows_P = pieces.document_P[in_rows_P]
+    in_rows_N, has_piece_N = np.zeros(documents, np.bool_), np.zeros(documents, np.bool_)
+    in_rows_N[document_in_rows_P] = True
+    has_piece_N[pieces.document_P] = True
+    # Tokens of each piece that were read and stand here first: without overlap and separator.
+    words_P = pieces.length_P - pieces.overlap_P - every.separator_P
+    cut_away_N = words_N - _sums_by_document(pieces.document_P, words_P, documents)
     dropped: dict[str, int] = {}
     examples_dropped = dict(selection.examples_dropped)
     truncated = 0
     if packing.long_documents == "drop":
-        _add(dropped, TOO_LONG, int(cut_away_N.sum()))
+        _add(dropped, TOO_LONG, int(cut_away_N.sum(dtype=np.int64)))
     else:
-        truncated = int((cut_away_N * copies_N).sum())
+        truncated = int(np.multiply(cut_away_N, copies_N, dtype=np.int64).sum())
 
     # A piece that is left out is left out of every copy of its document.
-    left_out = _take(every, every.targets_P == 0)
-    left_out_words_P = _new_words(left_out) * copies_N[left_out.pieces.document_P]
-    untrained_N = document_targets_N == 0
-    untrained_P = untrained_N[left_out.pieces.document_P]
+    left_out = np.flatnonzero(every.targets_P == 0)
+    left_out_document_P = pieces.document_P[left_out]
+    left_out_words_P = words_P[left_out].astype(np.int64) * copies_N[left_out_document_P]
+    untrained_P = untrained_N[left_out_document_P]
     for reason, of_N, of_P in (
         (NO_TARGET, untrained_N, untrained_P),
         (_reason_for_lost_targets(packing), ~untrained_N, ~untrained_P),
@@ -301,35 +313,33 @@ def _account(
         _add(examples_dropped, reason, int(np.count_nonzero(~in_rows_N & has_piece_N & of_N)))
     _add(examples_dropped, TOO_LONG, int(np.count_nonzero(~has_piece_N)))
 
-    separators_trained = int(packed.separator_target_P.sum())
-    overlap_trained = int(packed.overlap_targets_P.sum(dtype=np.int64))
-    trained = int(packed.targets_P.sum(dtype=np.int64)) - separators_trained - overlap_trained
+    def in_rows(values_P: NDArray[Any]) -> int:
+        return int(values_P[in_rows_P].sum(dtype=np.int64))
+
+    separators_trained = in_rows(every.separator_target_P)
+    overlap_trained = in_rows(every.overlap_targets_P)
+    trained = in_rows(every.targets_P) - separators_trained - overlap_trained
+    read = int(words_N.sum(dtype=np.int64))
     return Ledger(
         sequence_length=packing.sequence_length,
         rows=rows,
-        pieces=len(packed.pieces),
-        documents=int(in_rows_N.sum()),
-        read=int(words_N.sum()),
-        repeated=int((words_N * (copies_N - 1)).sum()),
+        pieces=in_rows_P.size,
+        documents=int(np.count_nonzero(in_rows_N)),
+        read=read,
+        repeated=int(np.multiply(words_N, copies_N, dtype=np.int64).sum()) - read,
         trained=trained,
-        masked=int(_new_words(packed).sum()) - trained,
+        masked=in_rows(words_P) - trained,
         truncated=truncated,
         dropped=dropped,
-        separators=int(packed.separator_P.sum()),
+        separators=in_rows(every.separator_P),
         separators_trained=separators_trained,
-        overlap=int(packed.pieces.overlap_P.sum(dtype=np.int64)),
+        overlap=in_rows(pieces.overlap_P),
         overlap_trained=overlap_trained,
-        padding=rows * packing.sequence_length - int(packed.pieces.length_P.sum(dtype=np.int64)),
-        examples_read=words_N.size + sum(selection.examples_dropped.values()),
+        padding=rows * packing.sequence_length - in_rows(pieces.length_P),
+        examples_read=documents + sum(selection.examples_dropped.values()),
         examples_dropped=examples_dropped,
         sources=sources,
     )
-
-
-def _new_words(counted: _CountedPieces) -> Int64:
-    """Tokens of each piece that were read and stand here first: without overlap and separator."""
-    pieces = counted.pieces
-    return pieces.length_P.astype(np.int64) - pieces.overlap_P - counted.separator_P
 
 
 def _reason_for_lost_targets(packing: Packing) -> str:
@@ -342,10 +352,14 @@ def _add(counts: dict[str, int], reason: str, count: int) -> None:
 
 
 def _shares(
-    sources: Sequence[Source], source_N: NDArray[np.integer], targets_N: Int64, copies_N: Int64
+    sources: Sequence[Source], source_N: NDArray[np.integer], targets_N: Positions, copies_N: Int32
 ) -> tuple[SourceShare, ...]:
     once_S = np.bincount(source_N, targets_N, len(sources)).astype(np.int64).tolist()
-    mixed_S = np.bincount(source_N, targets_N * copies_N, len(sources)).astype(np.int64).tolist()
+    mixed_S = (
+        np.bincount(source_N, np.multiply(targets_N, copies_N, dtype=np.float64), len(sources))
+        .astype(np.int64)
+        .tolist()
+    )
     documents_S = np.bincount(source_N, targets_N > 0, len(sources)).astype(np.int64).tolist()
     total = sum(mixed_S)
     return tuple(
