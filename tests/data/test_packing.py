@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainkit.data import packing
 from trainkit.data.packing import Bins, _place_groups, _spread_groups, best_fit, cut, lower_bound, one_a_bin
 
 lengths_of_documents = st.lists(st.integers(0, 60), max_size=30)
@@ -157,4 +158,99 @@ def test_alpaca_is_packed_close_to_the_bound(material: Path) -> None:
     lengths = np.load(material / "data" / "alpaca_lengths.npy")
     bins = best_fit(lengths, 2048, seed=42)
     assert lower_bound(lengths, 2048) == 2620
-    assert len(bins) <= 2623
+    assert len(bins) <= 2621
+
+
+@given(
+    lengths=lengths_of_documents, sequence_length=st.integers(1, 20), overlap=st.integers(0, 5), seed=st.integers(0, 9)
+)
+def test_cut_and_packed_every_token_stands_in_one_bin_once(
+    lengths: list[int], sequence_length: int, overlap: int, seed: int
+) -> None:
+    pieces = cut(np.array(lengths, np.int64), sequence_length, "split", min(overlap, sequence_length - 1))
+    bins = best_fit(pieces.length_P, sequence_length, seed)
+    placed = pieces.take(bins.order_P)
+    tokens = sorted(
+        (document, at)
+        for document, start, length, repeated in zip(
+            placed.document_P.tolist(),
+            placed.start_P.tolist(),
+            placed.length_P.tolist(),
+            placed.overlap_P.tolist(),
+            strict=True,
+        )
+        for at in range(start + repeated, start + length)
+    )
+    assert tokens == [(document, at) for document, length in enumerate(lengths) for at in range(length)]
+
+
+SHAPES = {
+    "just over half": np.full(5000, 1025),
+    "over half, all different": np.arange(1025, 2025),
+    "all equal": np.full(5000, 300),
+    "two lengths": np.repeat([1500, 700], 2500),
+    "three that never fill a bin": np.tile([1000, 700, 683], 2000),
+    "powers of two": 2 ** (np.arange(6000) % 12),
+    "powers of two and one": 2 ** (np.arange(6000) % 11) + 1,
+    "a third and a little": 683 + np.arange(6000) % 50,
+    "one": np.array([7]),
+    "ones": np.ones(5000, np.int64),
+    "multiples of seven": 7 * (1 + np.arange(6000) % 290),
+    "every length": np.arange(1, 2049),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_that_are_hard_to_fill_are_packed_as_the_textbook_does_or_better(shape: str) -> None:
+    lengths = SHAPES[shape]
+    bins = best_fit(lengths, 2048, seed=3)
+    assert sorted(bins.order_P.tolist()) == list(range(lengths.size))
+    assert max(fill_of_bins(bins, lengths)) <= 2048
+    groups = packing._place_groups(np.bincount(lengths, minlength=2049), 2048)
+    assert len(bins) <= int((groups[:, 0] + groups[:, 1]).max())
+
+
+@pytest.mark.parametrize("shape", ["just over half", "three that never fill a bin", "a third and a little"])
+def test_the_second_pass_stops_where_a_bin_can_no_longer_be_saved(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[int] = []
+    search = packing._pair_that_closes
+
+    def counted(left_L: "np.ndarray[tuple[int], np.dtype[np.int64]]", room: int) -> list[int]:
+        searches.append(room)
+        return search(left_L, room)
+
+    monkeypatch.setattr(packing, "_pair_that_closes", counted)
+    monkeypatch.setattr(packing, "MOST_LENGTHS_COMPARED", 2**20)
+    best_fit(np.tile(SHAPES[shape], 20), 2048, seed=0)
+    assert sum(searches) + len(searches) * packing.LENGTHS_A_CALL_IS_WORTH < 2**21
+
+
+def test_without_time_for_the_second_pass_the_first_one_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.random.default_rng(0).integers(20, 120, 3000)
+    monkeypatch.setattr(packing, "MOST_LENGTHS_COMPARED", 0)
+    assert len(best_fit(lengths, 256, 0)) == 833
+
+
+def test_rows_longer_than_16_bits_are_packed_alike() -> None:
+    """Sorting takes two passes from 65,536 on; scaled lengths make the same bins."""
+    lengths = np.random.default_rng(1).integers(1, 200, 3000)
+    small, large = best_fit(lengths, 400, seed=5), best_fit(lengths * 1000, 400_000, seed=5)
+    assert small.order_P.tolist() == large.order_P.tolist()
+    assert small.offsets_B.tolist() == large.offsets_B.tolist()
+
+
+def test_a_million_long_tailed_documents_come_within_a_few_rows_of_the_bound() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.8093, 1.1, 1_000_000), 1, 2**17).astype(np.int64)
+    pieces = cut(lengths, 2048, "split")
+    assert int(pieces.length_P.sum(dtype=np.int64)) == int(lengths.sum())
+    bins = best_fit(pieces.length_P, 2048, seed=42)
+    assert len(bins) <= lower_bound(lengths, 2048) + 8
+    fills = np.add.reduceat(pieces.length_P[bins.order_P], bins.offsets_B[:-1])
+    assert fills.max() <= 2048
+    assert np.array_equal(np.sort(bins.order_P), np.arange(len(pieces)))
+
+
+def test_positions_are_narrow_where_they_fit() -> None:
+    pieces = cut(np.array([5, 6]), 4, "split")
+    assert (pieces.document_P.dtype, pieces.start_P.dtype) == (np.int32, np.int32)
+    assert cut(np.array([2**31]), 2**20, "split").start_P.dtype == np.int64

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from trainkit.data import row_plan
 from trainkit.data.packed_store import Documents, PackedRows
 from trainkit.data.row_plan import (
     NO_TARGET,
@@ -18,6 +19,7 @@ from trainkit.data.row_plan import (
     TRUNCATED_TO_NO_TARGET,
     Selection,
     copies_by_weight,
+    count_trained,
     held_out,
     plan_rows,
 )
@@ -237,3 +239,83 @@ def test_held_out_depends_on_content_and_seed_alone(fraction: float, seed: int) 
 def test_held_out_is_the_same_on_every_machine_and_in_every_version() -> None:
     held = held_out(np.arange(24, dtype=np.uint64), 0.3, seed=42)
     assert np.flatnonzero(held).tolist() == [4, 7, 20]
+
+
+def test_seeds_hold_out_independently_of_each_other() -> None:
+    """Also for digests that differ in little, and for seeds that do."""
+    digests = np.arange(40_000, dtype=np.uint64)
+    first, second = held_out(digests, 0.3, seed=1), held_out(digests, 0.3, seed=2)
+    assert abs(first.mean() - 0.3) < 0.01
+    assert abs((first & second).mean() - 0.09) < 0.005
+    assert abs((first[1:] & first[:-1]).mean() - 0.09) < 0.005
+
+
+def test_everything_or_nothing_is_held_out_at_the_ends() -> None:
+    digests = np.array([0, 1, 2**63, 2**64 - 1], np.uint64)
+    assert held_out(digests, 1.0, seed=0).all()
+    assert not held_out(digests, 0.0, seed=0).any()
+
+
+@given(
+    flags=st.lists(st.booleans(), min_size=1, max_size=100),
+    edges=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 30)), min_size=1, max_size=12),
+    at_once=st.sampled_from([8, 16, 64, 2**20]),
+)
+def test_trained_tokens_are_counted_across_blocks(
+    flags: list[bool], edges: list[tuple[int, int]], at_once: int
+) -> None:
+    begins = np.array(sorted(min(begin, len(flags)) for begin, _ in edges))
+    ends = np.maximum.accumulate(np.minimum(begins + [length for _, length in edges], len(flags)))
+    documents = in_memory([(flags, False)])
+    documents.trained_K[:] = flags
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_plan, "TOKENS_COUNTED_AT_ONCE", at_once)
+        counted = count_trained(documents, begins, ends)
+    assert counted.tolist() == [sum(flags[a:b]) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+
+
+@given(
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=30), at_once=st.sampled_from([1, 3, 100]), data=st.data()
+)
+def test_sums_by_document_do_not_depend_on_the_blocks(counts: list[int], at_once: int, data: st.DataObject) -> None:
+    documents = np.repeat(np.arange(len(counts)), counts)
+    values = np.array(
+        data.draw(st.lists(st.integers(0, 9), min_size=documents.size, max_size=documents.size)), np.int32
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_plan, "PIECES_SUMMED_AT_ONCE", at_once)
+        sums = row_plan._sums_by_document(documents, values, len(counts))
+    assert sums.tolist() == [int(values[documents == n].sum()) for n in range(len(counts))]
+
+
+def test_rows_of_one_token_have_nothing_to_train() -> None:
+    with pytest.raises(DataError, match="none has a trained token in its rows"):
+        plan([all_trained(5), all_trained(1)], replace(PACKING, sequence_length=1, overlap=0))
+
+
+def test_one_document_far_longer_than_a_row() -> None:
+    rows = plan([all_trained(100_003, separator=True)], replace(PACKING, overlap=0))
+    assert (rows.ledger.pieces, len(rows)) == (12_501, 12_501)
+    assert rows.ledger.trained_targets == 100_003 - 12_501
+    assert rows.ledger.fill > 0.9999
+
+
+def test_equal_lengths_leave_no_gap_where_they_divide_a_row() -> None:
+    rows = plan([all_trained(4)] * 50)
+    assert (len(rows), rows.ledger.fill) == (25, 1.0)
+
+
+def test_documents_of_one_token_are_dropped_and_counted() -> None:
+    rows = plan([all_trained(1), all_trained(1, separator=True), all_trained(8)])
+    assert (rows.ledger.documents, rows.ledger.examples_dropped, rows.ledger.dropped) == (
+        1,
+        {NO_TARGET: 2},
+        {NO_TARGET: 1},
+    )
+
+
+def test_an_overlap_that_leaves_no_room_is_refused_where_a_document_is_cut() -> None:
+    packing = replace(PACKING, overlap=8)
+    assert len(plan([all_trained(8)], packing)) == 1
+    with pytest.raises(ValueError, match="an overlap of 8 tokens leaves nothing new in pieces of 8"):
+        plan([all_trained(9)], packing)
