@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from trainkit.data import sealed_folder
 from trainkit.data.ledger import Ledger
@@ -210,7 +211,7 @@ def holes(folder: Path, tokens: int) -> None:
     """Make the first tokens of a store a hole in the file, before those that are there; the sums are those of zeros."""
     manifest = json.loads((folder / "manifest.json").read_text())
     sums = np.fromfile(folder / "sums.bin", "<u4")
-    longer = []
+    longer: list[NDArray[np.uint32]] = []
     for name, listed in manifest["files"].items():
         path = folder / name
         blocks = -(-listed["bytes"] // BLOCK_BYTES)
@@ -286,19 +287,13 @@ def test_no_row_is_looked_up_in_a_damaged_index(tmp_path: Path, name: str) -> No
         _ = PackedRows.open(damaged).plan
 
 
-def test_numbers_and_places_of_documents_are_compared_too(tmp_path: Path) -> None:
-    for name, read in {
-        "offsets.bin": lambda documents: documents.offsets_N,
-        "targets.bin": lambda documents: documents.targets_N,
-        "digests.bin": lambda documents: documents.digests_N,
-        "places.bin": lambda documents: documents.place(0),
-        "place-ends.bin": lambda documents: documents.place(0),
-    }.items():
-        write_documents(tmp_path / name)
-        flip(tmp_path / name / name, 0)
-        documents = Documents.open(tmp_path / name)
-        with pytest.raises(StoreUnusable, match=name):
-            read(documents)
+@pytest.mark.parametrize("name", ["offsets", "targets", "digests", "places", "place-ends"])
+def test_numbers_and_places_of_documents_are_compared_too(tmp_path: Path, name: str) -> None:
+    write_documents(tmp_path / "store")
+    flip(tmp_path / "store" / f"{name}.bin", 0)
+    documents = Documents.open(tmp_path / "store")
+    with pytest.raises(StoreUnusable, match=rf"{name}\.bin"):
+        documents.place(0) if name.startswith("place") else getattr(documents, f"{name}_N")
 
 
 def test_rows_that_span_many_blocks_are_compared_in_all_of_them(tmp_path: Path) -> None:

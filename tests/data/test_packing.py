@@ -252,5 +252,5 @@ def test_a_million_long_tailed_documents_come_within_a_few_rows_of_the_bound() -
 
 def test_positions_are_narrow_where_they_fit() -> None:
     pieces = cut(np.array([5, 6]), 4, "split")
-    assert (pieces.document_P.dtype, pieces.start_P.dtype) == (np.int32, np.int32)
-    assert cut(np.array([2**31]), 2**20, "split").start_P.dtype == np.int64
+    assert [str(array.dtype) for array in (pieces.document_P, pieces.start_P)] == ["int32", "int32"]
+    assert str(cut(np.array([2**31]), 2**20, "split").start_P.dtype) == "int64"

@@ -97,10 +97,10 @@ def prepare(
 ) -> PreparedData:
     """Make the rows that ``recipe`` asks for under ``cache``, or find them there; see :class:`PreparedData`.
 
-    Nothing in the cache is trusted unread: its sums are compared, and what is damaged is made anew, with a sentence
-    that says so. ``anew`` looks for nothing: everything is encoded and packed again, and takes the place of what was
-    there. Raises DataError for whatever the sources hold that cannot be trained on, and MachineError where the
-    cache cannot be written.
+    What is found in the cache is compared with its sums, up to COMPARED_AT_ONCE bytes of a folder at once and the rest
+    when it is first read; what is found to be damaged at once is made anew, with a sentence that says so. ``anew``
+    looks for nothing: everything is encoded and packed again, and takes the place of what was there. Raises DataError
+    for whatever the sources hold that cannot be trained on, and MachineError where the cache cannot be written.
     """
     sources = _all_sources(recipe.data)
     before = _states_of_files(sources)

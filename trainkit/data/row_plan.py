@@ -3,7 +3,7 @@
 held out or not → cut into pieces → pieces without a target left out → copies by weight → bins → ledger
 
 Every step costs a few vectorised passes over documents and pieces; of the tokens only the flags of long documents are
-read, a block at a time. At its peak a plan holds about 60 bytes for each document and 90 for each piece.
+read, a block at a time. At its peak a plan holds about 80 bytes for each document that is not cut.
 
 Legend: N documents (of one part), P pieces, S sources, R rows, Q ranges of tokens, K tokens of the store.
 """
