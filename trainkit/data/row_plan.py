@@ -38,8 +38,8 @@ TRUNCATED_TO_NO_TARGET = "truncated to no trained token"
 PIECE_WITHOUT_TARGET = "piece of a long document without a trained token"
 TOO_LONG = "longer than sequence_length"
 PIECES_SUMMED_AT_ONCE = 2**20
-TOKENS_COUNTED_AT_ONCE = 2**20
-"""Flags that fit into a core's own cache between comparing them with their sums and counting them."""
+TOKENS_COUNTED_AT_ONCE = 2**22
+"""Flags that still lie in a cache when they are counted, after they were compared with their sums."""
 
 
 @dataclass(frozen=True)
