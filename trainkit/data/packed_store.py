@@ -93,9 +93,9 @@ class Documents:
         self._arrays = arrays
         self._sealed = sealed
         self.tokens_K: NDArray[np.int32] = arrays["tokens"]
-        """Not compared: :meth:`check_tokens` what is used of it."""
+        """Not compared: see :meth:`pieces`."""
         self.trained_K: NDArray[np.bool_] = arrays["trained"]
-        """Not compared: :meth:`check_tokens` what is used of it."""
+        """Not compared: see :meth:`check_trained`."""
         blocks = -(-self.tokens_K.size // TOKENS_AT_ONCE)
         self._checked = bytearray(blocks) if sealed else bytearray(b"\1") * blocks
 
@@ -156,8 +156,24 @@ class Documents:
         self._check("places", begin, end)
         return places[begin:end].tobytes().decode()
 
-    def check_tokens(self, begin: int, end: int) -> None:
-        """Compare ``tokens_K`` and ``trained_K`` with their sums from ``begin`` to ``end``, each block once."""
+    def pieces(self, begins: Sequence[int], lengths: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """A copy of the tokens from each of ``begins`` on, end to end, and whether each is trained.
+
+        Every block that they stand in has been compared with its sum.
+        """
+        # Joining memoryviews takes a third of the time of np.concatenate.
+        all_ids, all_trained = self.tokens_K.data, self.trained_K.data
+        unchecked = self._checked.find
+        ids, trained = [], []
+        for begin, length in zip(begins, lengths, strict=True):
+            end = begin + length
+            if unchecked(0, begin // TOKENS_AT_ONCE, (end - 1) // TOKENS_AT_ONCE + 1) >= 0:
+                self._check_tokens(begin, end)
+            ids.append(all_ids[begin:end])
+            trained.append(all_trained[begin:end])
+        return np.frombuffer(bytearray().join(ids), "<i4"), np.frombuffer(bytearray().join(trained), np.bool_)
+
+    def _check_tokens(self, begin: int, end: int) -> None:
         stop_block = (end - 1) // TOKENS_AT_ONCE + 1
         block = self._checked.find(0, begin // TOKENS_AT_ONCE, stop_block)
         while block >= 0:
@@ -274,15 +290,9 @@ class PackedRows:
     def row(self, index: int) -> Row:
         """Assemble row ``index``; the arrays are the caller's own. Raises IndexError."""
         first, last = self._pieces_of(index)
-        pieces, documents = self._plan.pieces, self.documents
+        pieces = self._plan.pieces
         lengths_S = pieces.length_P[first:last].copy()
-        ids, trained = [], []
-        for begin, length in zip(pieces.begin_P[first:last].tolist(), lengths_S.tolist(), strict=True):
-            end = begin + length
-            documents.check_tokens(begin, end)
-            ids.append(documents.tokens_K[begin:end])
-            trained.append(documents.trained_K[begin:end])
-        trained_T = np.concatenate(trained)
+        ids_T, trained_T = self.documents.pieces(pieces.begin_P[first:last].tolist(), lengths_S.tolist())
         starts_S = lengths_S.cumsum() - lengths_S
         trained_T[starts_S] = False
         if not self._plan.train_on_overlap:
@@ -290,7 +300,7 @@ class PackedRows:
             for segment in overlaps_S.nonzero()[0].tolist():
                 start = starts_S.item(segment)
                 trained_T[start : start + overlaps_S.item(segment)] = False
-        return Row(np.concatenate(ids), trained_T, lengths_S)
+        return Row(ids_T, trained_T, lengths_S)
 
     def trained_tokens(self, index: int) -> int:
         """Targets in row ``index``. Raises IndexError."""
