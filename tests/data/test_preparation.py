@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from trainkit.data import preparation
 from trainkit.data.conversations import Conversation, Message, ParsedExample, PlainText, PromptCompletion
 from trainkit.data.packed_store import PackedRows
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.row_plan import NO_TARGET
+from trainkit.data.sealed_folder import StoreUnusable
 from trainkit.errors import DataError, MachineError
 from trainkit.recipe.schema import Data, Evaluation, Model, Packing, Recipe, Source, Training
 
@@ -420,3 +422,24 @@ def test_two_processes_at_once_agree_and_leave_one_store(tmp_path: Path) -> None
     assert first == second
     (store,) = (tmp_path / "cache").iterdir()
     assert len(list((store / "rows").iterdir())) == 1
+
+
+def test_damage_in_what_is_too_large_to_be_compared_at_once_stops_the_row_and_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "COMPARED_AT_ONCE", 0)
+    source = pairs(tmp_path / "a.jsonl", [f"question {n} " for n in range(20)])
+    expected = texts(run(recipe(source), tmp_path / "cache").train)
+    (tokens,) = (tmp_path / "cache").glob("*/tokens.bin")
+    content = bytearray(tokens.read_bytes())
+    content[len(content) // 2] ^= 1
+    tokens.write_bytes(content)
+    found = run(recipe(source), tmp_path / "cache")
+    assert found.found_again
+    with pytest.raises(
+        StoreUnusable, match=r"tokens\.bin has changed since it was written .*; run again, and it is made"
+    ):
+        texts(found.train)
+    again = run(recipe(source), tmp_path / "cache")
+    assert again.sentences[0].endswith("it was found to be damaged; made anew")
+    assert texts(again.train) == expected

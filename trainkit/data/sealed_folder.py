@@ -78,11 +78,10 @@ class SealedFolder:
 
     def __init__(self, folder: Path, kind: Kind) -> None:
         """Open ``folder`` in constant time. Raises StoreUnusable."""
-        manifest = _read_manifest(folder, kind)
+        manifest, self._manifest_inode = _read_manifest(folder, kind)
         self.folder = folder
         self.key: str = manifest["key"]
         self.facts: Mapping[str, Any] = manifest["facts"]
-        self._manifest_inode = (folder / MANIFEST).stat().st_ino
         self._sha256_of_sums: str = manifest["sha256_of_sums"]
         self._files = {name: _File(**listed) for name, listed in manifest["files"].items()}
         self._arrays: dict[str, NDArray[Any]] = {}
@@ -173,13 +172,16 @@ class SealedFolder:
         return np.memmap(self.folder / name, np.dtype(dtype).newbyteorder("<"), mode="r").view(np.ndarray)
 
     def _condemn(self) -> bool:
-        """Take the manifest away, unless another process has put a new folder here; returns whether ours is gone."""
+        """Take the manifest away, unless another process did or has put a new folder here; whether it is gone."""
         manifest = self.folder / MANIFEST
-        with suppress(OSError):
+        try:
             if manifest.stat().st_ino == self._manifest_inode:
                 manifest.rename(self.folder / CONDEMNED)
-                return True
-        return not manifest.exists()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
 
 
 class Stream:
@@ -326,12 +328,14 @@ def verify(folder: Path, kind: Kind, key: str, *, at_most_bytes: int | None = No
         raise StoreUnusable(f"{folder}: {found}")
 
 
-def _read_manifest(folder: Path, kind: Kind) -> dict[str, Any]:
-    """The manifest, after checking itself and the sizes of its files. Raises StoreUnusable."""
+def _read_manifest(folder: Path, kind: Kind) -> tuple[dict[str, Any], int]:
+    """The manifest, after checking itself and the sizes of its files, and its inode. Raises StoreUnusable."""
     if (folder / CONDEMNED).exists() and not (folder / MANIFEST).exists():
         raise StoreUnusable(f"{folder}: it was found to be damaged")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with (folder / MANIFEST).open(encoding="utf-8") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            manifest = json.load(file)
         claimed = manifest.pop("sha256")
         if manifest["format"] != FORMAT_VERSION:
             raise StoreUnusable(f"{folder}: format {manifest['format']}, and this trainkit reads {FORMAT_VERSION}")
@@ -344,7 +348,7 @@ def _read_manifest(folder: Path, kind: Kind) -> dict[str, Any]:
         raise StoreUnusable(f"{folder}: {Path(error.filename or MANIFEST).name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreUnusable(f"{folder}: {MANIFEST} cannot be read") from error
-    return dict(manifest)
+    return dict(manifest), inode
 
 
 def _checksum_of(manifest: Mapping[str, Any]) -> str:
@@ -376,7 +380,7 @@ def _may_stay(found: Path, ours: Path, kind: Kind, key: str, *, replace: bool) -
         return False
     try:
         verify(found, kind, key)
-        return not replace or _read_manifest(found, kind) == _read_manifest(ours, kind)
+        return not replace or _read_manifest(found, kind)[0] == _read_manifest(ours, kind)[0]
     except StoreUnusable:
         return False
 
