@@ -37,20 +37,26 @@ from trainkit.data.sealed_folder import BLOCK_BYTES, StoreUnusable, building
 DOCUMENTS = [list(range(100, 110)), [7], [50, 51, 52]]
 
 
+def one(ids: NDArray[np.integer[Any]], place: str, *, number: int = 0, separator: bool = False) -> DocumentBatch:
+    """A batch of one document, all of it trained."""
+    return DocumentBatch(
+        ids_K=ids.astype(np.int32),
+        trained_K=np.ones(ids.size, np.bool_),
+        lengths_N=np.array([ids.size]),
+        separators_N=np.array([separator]),
+        has_prompt_N=np.array([number == 1]),
+        source=0,
+        examples_N=np.array([number * 10]),
+        digests_N=np.array([2**64 - 1 - number], np.uint64),
+        places=[place],
+    )
+
+
 def write_documents(folder: Path, key: str = "k", note: str = "first") -> None:
     with building(folder, "documents", key) as builder:
         writer = DocumentWriter(builder)
         for number, ids in enumerate(DOCUMENTS):
-            writer.append(
-                np.array(ids, np.int32),
-                np.ones(len(ids), np.bool_),
-                separator=number == 2,
-                source=0,
-                example=number * 10,
-                digest=2**64 - 1 - number,
-                has_prompt=number == 1,
-                place=f"файл.jsonl:{number + 1}",
-            )
+            writer.append_many(one(np.array(ids), f"файл.jsonl:{number + 1}", number=number, separator=number == 2))
         writer.finish({"note": note})
 
 
@@ -201,8 +207,7 @@ def test_documents_of_many_batches_come_back_as_they_were_written(
 def test_a_name_that_is_no_unicode_is_still_a_place(tmp_path: Path) -> None:
     with building(tmp_path / "store", "documents", "k") as builder:
         writer = DocumentWriter(builder)
-        about: dict[str, Any] = {"separator": False, "source": 0, "example": 0, "digest": 1, "has_prompt": False}
-        writer.append(np.arange(3), np.ones(3, np.bool_), **about, place="caf\udce9.jsonl:1")
+        writer.append_many(one(np.arange(3), "caf\udce9.jsonl:1"))
         writer.finish({})
     assert Documents.open(tmp_path / "store").place(0) == "caf\\udce9.jsonl:1"
 
@@ -300,8 +305,7 @@ def test_rows_that_span_many_blocks_are_compared_in_all_of_them(tmp_path: Path) 
     folder, length = tmp_path / "store", 5 * TOKENS_AT_ONCE
     with building(folder, "documents", "k") as builder:
         writer = DocumentWriter(builder)
-        about: dict[str, Any] = {"separator": False, "source": 0, "example": 0, "digest": 1, "has_prompt": False}
-        writer.append(np.arange(length), np.ones(length, np.bool_), **about, place="a.txt")
+        writer.append_many(one(np.arange(length), "a.txt"))
         writer.finish({})
     documents = Documents.open(folder)
     pieces = PlacedPieces(np.zeros(1, np.int32), np.array([7]), np.array([length - 9]), np.zeros(1, np.int32))

@@ -400,33 +400,6 @@ class DocumentWriter:
         self._tokens += batch.ids_K.size
         self._place_bytes += int(place_ends_N[-1]) if places else 0
 
-    def append(
-        self,
-        ids_T: NDArray[np.integer],
-        trained_T: NDArray[np.bool_],
-        *,
-        separator: bool,
-        source: int,
-        example: int,
-        digest: int,
-        has_prompt: bool,
-        place: str,
-    ) -> None:
-        """Add one document of at least one token; :meth:`append_many` is far faster for many of them."""
-        self.append_many(
-            DocumentBatch(
-                ids_K=np.asarray(ids_T, np.int32),
-                trained_K=np.asarray(trained_T, np.bool_),
-                lengths_N=np.array([len(ids_T)]),
-                separators_N=np.array([separator]),
-                has_prompt_N=np.array([has_prompt]),
-                source=source,
-                examples_N=np.array([example]),
-                digests_N=np.array([digest], np.uint64),
-                places=[place],
-            )
-        )
-
     def __len__(self) -> int:
         return self._documents
 
