@@ -113,7 +113,7 @@ def test_rows_are_assembled_from_pieces(tmp_path: Path) -> None:
     assert second.segment_lengths.tolist() == [3, 5]
     assert [str(a.dtype) for a in (first.ids_T, first.trained_T, first.segment_lengths)] == ["int32", "bool", "int32"]
     assert [rows.trained_tokens(i) for i in range(2)] == [7, 4]
-    assert [rows.tokens(i) for i in range(2)] == [8, 8]
+    assert rows.longest(5) == [0, 1]
     assert rows.documents_of(1) == ("файл.jsonl:3", "файл.jsonl:1")
     assert rows.sequence_length == 8
     assert rows.ledger.read == 12
@@ -137,9 +137,18 @@ def test_a_row_is_a_copy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("index", [-1, 2])
 def test_a_row_that_is_not_there(tmp_path: Path, index: int) -> None:
     rows = PackedRows.open(make_rows(tmp_path / "store"))
-    for ask in (rows.row, rows.tokens, rows.trained_tokens, rows.documents_of):
+    for ask in (rows.row, rows.trained_tokens, rows.documents_of):
         with pytest.raises(IndexError, match="there are 2"):
             ask(index)
+
+
+def test_the_longest_rows_are_found_without_reading_any(tmp_path: Path) -> None:
+    pieces = PlacedPieces(*(np.array(values) for values in ([0, 2, 0, 1], [0, 11, 5, 10], [4, 2, 5, 1], [0] * 4)))
+    rows = PackedRows(
+        Documents.open(make_rows(tmp_path / "store").parent.parent),
+        replace(plan(), pieces=pieces, offsets_R=np.array([0, 1, 3, 4]), targets_R=np.zeros(3, np.int64)),
+    )
+    assert [rows.longest(n) for n in (1, 2, 9)] == [[1], [1, 0], [1, 0, 2]]
 
 
 def test_a_part_that_is_not_there(tmp_path: Path) -> None:
@@ -273,7 +282,7 @@ def test_a_row_is_never_made_of_damaged_tokens(tmp_path: Path, name: str) -> Non
     folder = make_rows(tmp_path / "store")
     flip(tmp_path / "store" / name, 2)
     rows = PackedRows.open(folder)
-    assert rows.tokens(0) == 8
+    assert rows.trained_tokens(0) == 7
     with pytest.raises(StoreUnusable, match=rf"store: {name} has changed .*; run again, and it is made anew"):
         rows.row(0)
     with pytest.raises(StoreUnusable, match="it was found to be damaged"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +177,7 @@ def rehearse(trainer: Trainer) -> None:
     """One forward and backward pass over the longest rows, discarded: what does not fit fails here, before step 1."""
     before = capture_random_state()
     trainer.loss_model.train()
-    longest = heapq.nlargest(trainer.plan.micro_batch_size, range(len(trainer.rows)), key=trainer.rows.tokens)
+    longest = trainer.rows.longest(trainer.plan.micro_batch_size)
     batch = make_batch([trainer.rows.row(row) for row in longest], trainer.packing, trainer.pad_id)
     loss_sum, _ = trainer.loss_model(*batch_on(trainer.accelerator.device, batch))
     loss_sum.backward()
