@@ -7,6 +7,7 @@ whatever other threads the parent has, none of their locks is needed in a worker
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import os
@@ -103,6 +104,7 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     """What a worker does first: it leaves Ctrl+C to its parent, and does not outlive it."""
     global _function_of_worker  # noqa: PLW0603 - an executor's worker has no other place for it
     _function_of_worker = function
+    gc.freeze()  # what the parent made is never collected here: looking at it would copy its pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for one in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(one, signal.SIG_DFL)
