@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,9 @@ import typer
 from trainkit import __version__
 from trainkit.console import Console
 from trainkit.errors import Stopped, TrainkitError
-from trainkit.recipe.reader import ReadRecipe, read_recipe
+from trainkit.recipe.packing_options import PackingOptions
+from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
+from trainkit.recipe.schema import Packing
 from trainkit.run_folder import RunFolder
 
 EXIT_BUG, EXIT_USAGE, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 5, 130
@@ -137,24 +140,68 @@ def inspect_data_command(
     inspect_data(read, examples=examples, json_output=json_output)
 
 
+class FormChoice(StrEnum):
+    """What ``--format`` may be."""
+
+    store = "store"
+    parquet = "parquet"
+
+
 @app.command(
     "pack-data",
     epilog="""\b
-The rows lie in $TRAINKIT_CACHE (default ~/.cache/trainkit), and fine-tune with
-the same recipe finds them there.
+The rows lie in $TRAINKIT_CACHE (default ~/.cache/trainkit), and fine-tune
+with the same recipe finds them there; --output names another place. What the
+options do not say, --set does: --set packing.long_documents=drop.
 
 \b
 Examples:
   trainkit pack-data recipe.yaml
-  trainkit pack-data recipe.yaml --set packing.sequence_length=4096 --json""",
+  trainkit pack-data recipe.yaml --set packing.sequence_length=4096 --json
+  trainkit pack-data --data train.jsonl --tokenizer models/my-model \\
+      --sequence-length 4096 --format parquet --output packed""",
 )
 def pack_data_command(
     context: typer.Context,
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe; or give --data and --tokenizer."),
+    ] = None,
     *,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="A data file or folder, or a hub id. Repeatable."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", metavar="PATH", help="A folder with a tokenizer, or a hub id; needs no model."),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", metavar="N", help=f"Tokens in a row (default {Packing.sequence_length})."),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="NAME",
+            help="chatml, plain, or a .jinja file (default: the tokenizer's own).",
+        ),
+    ] = None,
     overrides: SetOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Where the rows go; for parquet, FILE.parquet too."),
+    ] = None,
+    form: Annotated[
+        FormChoice, typer.Option("--format", help="store: what fine-tune reads; parquet: what TRL and datasets read.")
+    ] = FormChoice.store,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw lengths, fill and padding: .png, .svg or .html."),
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Encode and pack again, even where the rows are there already.")
+        bool, typer.Option("--force", help="Encode and pack again, and replace the rows that are there.")
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -162,10 +209,11 @@ def pack_data_command(
 
     Reads no weights. Compares the rows with padding and with the fewest there can be.
     """
-    read = _read(context, recipe, overrides)
-    from trainkit.commands.pack_data import pack_data
+    options = PackingOptions(tuple(data or ()), tokenizer, sequence_length, chat_template)
+    read = _read(context, recipe, overrides, flags=options.flags(recipe, overrides or ()))
+    from trainkit.commands.pack_data import Wanted, pack_data
 
-    pack_data(read, force=force, json_output=json_output)
+    pack_data(read, Wanted(output, form.value, plot), force=force, json_output=json_output)
 
 
 @app.command(
@@ -229,9 +277,16 @@ def _session(context: typer.Context) -> Session:
     return session
 
 
-def _read(context: typer.Context, recipe: str, overrides: list[str] | None, *, of_run: bool = False) -> ReadRecipe:
+def _read(
+    context: typer.Context,
+    recipe: str | None,
+    overrides: list[str] | None,
+    *,
+    flags: Sequence[Flag] = (),
+    of_run: bool = False,
+) -> ReadRecipe:
     """The recipe, with its warnings said; a bug from here on is written into its run folder, if it is a run's."""
-    read = read_recipe(recipe, overrides or ())
+    read = read_recipe(recipe, overrides or (), flags)
     if of_run:
         _session(context).run_folder = RunFolder(Path(read.recipe.output_dir))
     console = Console()

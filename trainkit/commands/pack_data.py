@@ -2,67 +2,191 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from trainkit.console import Console
 from trainkit.data.encoding import Encoder
+from trainkit.data.packed_store import MANIFEST, TEMPORARY_PREFIX
+from trainkit.data.packing_figure import FIGURE_INCHES, draw_packing
 from trainkit.data.packing_quality import packing_quality, padding_share
+from trainkit.data.parquet_rows import SUFFIX, check_ours, files_in, write_rows_files
 from trainkit.data.preparation import default_cache, prepare
+from trainkit.data.row_plan import TOO_LONG
+from trainkit.errors import MachineError, ModelError, Stopped, UsageError
 from trainkit.model.loading import load_tokenizer, locate_model
+from trainkit.plotting import check_plot_path, new_figure, save
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
     from trainkit.data.ledger import Ledger
+    from trainkit.data.packed_store import PackedRows, Part
     from trainkit.data.packing_quality import LengthBand, PackingQuality
     from trainkit.data.preparation import PreparedData, Progress
+    from trainkit.model.locating import ModelLocation
     from trainkit.recipe.reader import ReadRecipe
 
+Form = Literal["store", "parquet"]
 
-def pack_data(read: ReadRecipe, *, force: bool, json_output: bool) -> None:
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made besides the report: where the rows go (None: into the cache), in which form, and a picture."""
+
+    output: Path | None = None
+    form: Form = "store"
+    plot: Path | None = None
+
+
+def pack_data(read: ReadRecipe, wanted: Wanted, *, force: bool, json_output: bool) -> None:
     """Prepare the data of the recipe as ``fine-tune`` does, and report; ``force`` makes it anew where it is there.
 
-    Reads the tokenizer and no weights. Raises DataError, ModelError and MachineError as a run would.
+    Reads the tokenizer and no weights. Raises UsageError for an output that is not ours, before anything is read, and
+    DataError, ModelError and MachineError as a run would. Stopped on Ctrl+C: nothing half is left then.
     """
+    _check_wanted(wanted)
     recipe = read.recipe
     with Console(json_only=json_output) as console:
         clock = StageClock(console.progress)
-        tokenizer = load_tokenizer(locate_model(recipe.model))
-        encoder = Encoder(tokenizer, recipe.data, recipe.packing)
-        clock.end("tokenizer")
-        data = prepare(recipe, encoder, default_cache(), clock.progress, anew=force)
-        clock.end("opening")
-        ledger, quality, seconds = data.train.ledger, packing_quality(data.train), clock.seconds()
-        ledger.check()
-
-        for line in (*data.sentences, "", *ledger.lines(), ""):
-            console.show(line)
-        _show_layouts(console, ledger, quality)
-        for line in (_rows_line(ledger, quality), _attention_line(quality, isolated=recipe.packing.isolate_documents)):
-            console.show(line)
-        console.show()
-        console.bars("documents by length in tokens", [_labelled(band) for band in quality.length_bands])
-        console.show()
-        console.show(f"seconds: {', '.join(f'{stage} {taken:.2f}' for stage, taken in seconds.items())}")
-        console.result(_as_json(data, quality, seconds))
+        with _interruption_said(clock):
+            tokenizer = load_tokenizer(_locate(read))
+            encoder = Encoder(tokenizer, recipe.data, recipe.packing)
+            clock.end("tokenizer")
+            root = wanted.output if wanted.output is not None and wanted.form == "store" else default_cache()
+            data = prepare(recipe, encoder, root, clock.progress, anew=force)
+            clock.end("opening")
+            data.train.ledger.check()
+            quality = packing_quality(data.train)
+            made = _write_files(wanted, data, quality, clock, force=force)
+        _show(console, read, data, quality, made, clock.seconds())
+        console.result(_as_json(data, quality, made, clock.seconds()))
 
 
-STAGES = ("tokenizer", "checking", "encoding", "packing", "opening")
+def _locate(read: ReadRecipe) -> ModelLocation:
+    """Where the tokenizer lies; what is wrong with it is said of the option that named it."""
+    try:
+        return locate_model(read.recipe.model)
+    except ModelError as error:
+        origin = read.origins["model.name"]
+        if origin != "--tokenizer":
+            raise
+        raise ModelError(str(error).replace("model.name", origin)) from error
+
+
+@contextmanager
+def _interruption_said(clock: StageClock) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"interrupted during {clock.stage}; nothing half is left, and the same command goes on from what was "
+            "complete",
+            by_keyboard=True,
+        ) from None
+
+
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written besides the store: parquet files, whether each was there before, and the picture."""
+
+    parquet: Mapping[Part, Path]
+    kept: Mapping[Part, bool]
+    plot: Path | None
+
+
+def _check_wanted(wanted: Wanted) -> None:
+    """Refuse what cannot be written, or must not be, before any work is done."""
+    if wanted.plot is not None:
+        check_plot_path(wanted.plot)
+    output = wanted.output
+    if output is None:
+        if wanted.form == "parquet":
+            raise UsageError("--format parquet: needs --output, a folder or a file that ends in .parquet")
+        return
+    if wanted.form == "store":
+        if output.suffix == SUFFIX:
+            raise UsageError(
+                f"--output: {output} is the name of a parquet file; add --format parquet, or name a folder"
+            )
+        _check_store_root(output)
+    else:
+        if output.suffix != SUFFIX and os.path.lexists(output) and not output.is_dir():
+            raise UsageError(f"--output: {output} is a file; name a new folder, or a file that ends in {SUFFIX}")
+        for path in files_in(output).values():
+            check_ours(path)
+    _check_can_be_made(output)
+
+
+def _check_store_root(output: Path) -> None:
+    if os.path.lexists(output) and not output.is_dir():
+        raise UsageError(f"--output: {output} is a file; name a new folder")
+    for entry in sorted(output.iterdir()) if output.is_dir() else []:
+        ours = re.fullmatch("[0-9a-f]{32}", entry.name) and (entry / MANIFEST).is_file()
+        if not ours and not entry.name.startswith(TEMPORARY_PREFIX):
+            raise UsageError(
+                f"--output: {output} holds {entry.name}, which trainkit did not write; name a new or an empty folder"
+            )
+
+
+def _check_can_be_made(output: Path) -> None:
+    above = output
+    while not os.path.lexists(above):
+        above = above.parent
+    if above != output and not above.is_dir():
+        raise UsageError(f"--output: {output} cannot be made: {above} is a file")
+    if not os.access(above if above.is_dir() else above.parent, os.W_OK):
+        raise MachineError(f"--output: {output} cannot be written: no permission in {above}")
+
+
+def _write_files(
+    wanted: Wanted, data: PreparedData, quality: PackingQuality, clock: StageClock, *, force: bool
+) -> Made:
+    """The parquet files and the picture, where they are asked for."""
+    files: dict[Part, Path] = {}
+    kept: dict[Part, bool] = {}
+    if wanted.form == "parquet":
+        assert wanted.output is not None
+        parts: dict[Part, PackedRows] = {"train": data.train}
+        if data.evaluation is not None:
+            parts["evaluation"] = data.evaluation
+        places = files_in(wanted.output)
+        kept = write_rows_files(places, parts, data.key, clock.progress, replace=force)
+        files = {part: places[part] for part in parts}
+    if wanted.plot is not None:
+        figure = new_figure(*FIGURE_INCHES)
+        draw_packing(figure, data.train, _layouts(data.train.ledger, quality))
+        save(figure, wanted.plot, "how the documents are packed")
+    clock.end("writing")
+    return Made(files, kept, wanted.plot)
+
+
+STAGES = ("tokenizer", "checking", "encoding", "packing", "opening", "writing")
 """What takes time: loading the tokenizer; reading the data files for the key; reading, tokenising and writing the
-documents; planning and writing the rows; checking what was found again and mapping it."""
+documents; planning and writing the rows; checking what was found again and mapping it; parquet and picture."""
 
 
 class StageClock:
     """Passes progress on, and keeps how long each stage took.
 
     A stage speaks when it begins with nothing done, and then of what is done: the time before its first word belongs
-    to the stage that spoke before, every other to itself.
+    to the stage that spoke before, every other to itself. ``stage`` is the one that spoke last.
     """
 
     def __init__(self, on_progress: Progress) -> None:
         self._on_progress = on_progress
         self._seconds = dict.fromkeys(STAGES, 0.0)
-        self._stage = STAGES[0]
+        self.stage = STAGES[0]
         self._started = self._counted_until = time.perf_counter()
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
@@ -71,19 +195,101 @@ class StageClock:
         if done:
             self.end(name)
         else:
-            self.end(self._stage)
-            self._stage = name
+            self.end(self.stage)
+            self.stage = name
         self._on_progress(stage, done, total)
 
     def end(self, stage: str) -> None:
         """What passed since the last word was spent on ``stage``."""
         now = time.perf_counter()
         self._seconds[stage] += now - self._counted_until
-        self._counted_until, self._stage = now, stage
+        self._counted_until, self.stage = now, stage
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage (0 for one that was not needed), and their sum as ``total``."""
         return {**self._seconds, "total": self._counted_until - self._started}
+
+
+# --- what is said --------------------------------------------------------------------------------------------------
+
+
+def _show(
+    console: Console,
+    read: ReadRecipe,
+    data: PreparedData,
+    quality: PackingQuality,
+    made: Made,
+    seconds: dict[str, float],
+) -> None:
+    ledger, packing = data.train.ledger, read.recipe.packing
+    for line in (*data.sentences, "", *ledger.lines(sources=False), ""):
+        console.show(line)
+    if len(ledger.sources) > 1:
+        _show_sources(console, ledger)
+    _show_layouts(console, ledger, quality)
+    console.show(_rows_line(ledger, quality))
+    console.show(_long_documents_line(_long_documents(data.train), ledger))
+    console.show(_attention_line(quality, isolated=packing.isolate_documents))
+    console.show()
+    console.bars("documents by length in tokens", [_labelled(band) for band in quality.length_bands])
+    console.show()
+    for part, path in made.parquet.items():
+        console.show(f"parquet: {part} rows {'found again' if made.kept[part] else 'written'} in {path}")
+    if made.plot is not None:
+        console.show(f"plot: {made.plot}")
+    console.show(f"seconds: {', '.join(f'{stage} {taken:.2f}' for stage, taken in seconds.items())}")
+
+
+def _show_sources(console: Console, ledger: Ledger) -> None:
+    weights = [source.weight for source in ledger.sources]
+    total = sum(weight or 0 for weight in weights)
+    console.table(
+        "sources, by trained tokens",
+        ["source", "documents", "trained", "wanted", "share", "passes"],
+        [
+            [
+                source.path,
+                source.documents,
+                source.trained_tokens,
+                "-" if source.weight is None else f"{source.weight / total:.2%}",
+                f"{source.share:.2%}",
+                f"{source.passes:.2f}",
+            ]
+            for source in ledger.sources
+        ],
+    )
+    console.show()
+
+
+@dataclass(frozen=True)
+class LongDocuments:
+    """Documents in the rows that are longer than one, and their pieces there."""
+
+    documents: int
+    pieces: int
+
+
+def _long_documents(rows: PackedRows) -> LongDocuments:
+    document_P, offsets_N = rows.plan.pieces.document_P, rows.documents.offsets_N
+    long_P = offsets_N[document_P + 1] - offsets_N[document_P] > rows.sequence_length
+    return LongDocuments(int(np.unique(document_P[long_P]).size), int(np.count_nonzero(long_P)))
+
+
+def _long_documents_line(long: LongDocuments, ledger: Ledger) -> str:
+    """What became of documents that are longer than a row."""
+    read = ledger.read + ledger.repeated
+    if dropped := ledger.examples_dropped.get(TOO_LONG, 0):
+        lost = ledger.dropped.get(TOO_LONG, 0)
+        return f"long documents: {dropped:,} dropped, {lost:,} tokens ({lost / read:.2%} of the tokens read)"
+    if not long.documents:
+        return f"long documents: none is longer than a row of {ledger.sequence_length:,}"
+    longer = f"long documents: {long.documents:,} of {ledger.documents:,} are longer than a row"
+    if ledger.truncated:
+        return f"{longer}; {ledger.truncated:,} tokens cut off ({ledger.truncated / read:.2%} of the tokens read)"
+    return (
+        f"{longer}; split into {long.pieces:,} pieces, which repeat {ledger.overlap:,} tokens "
+        f"({ledger.overlap / read:.2%} of the tokens read)"
+    )
 
 
 def _padding_before(ledger: Ledger, quality: PackingQuality) -> dict[str, float]:
@@ -93,18 +299,22 @@ def _padding_before(ledger: Ledger, quality: PackingQuality) -> dict[str, float]
     return {name: padding_share(ledger.tokens, slots) for name, slots in layouts.items()}
 
 
-def _show_layouts(console: Console, ledger: Ledger, quality: PackingQuality) -> None:
-    layouts: list[tuple[str, float]] = [
+def _layouts(ledger: Ledger, quality: PackingQuality) -> list[tuple[str, float]]:
+    """The packed rows and what they are compared with, as (name, slots)."""
+    return [
         ("packed", quality.packed_slots),
         *((f"padded, random batches of {size}", slots) for size, slots in quality.slots_in_batches.items()),
         (f"padded to {ledger.sequence_length:,}", quality.slots_to_context),
     ]
+
+
+def _show_layouts(console: Console, ledger: Ledger, quality: PackingQuality) -> None:
     console.table(
         "",
         ["layout", "slots", "padding", "slots per packed slot"],
         [
             [name, round(slots), f"{padding_share(ledger.tokens, slots):.2%}", f"{slots / quality.packed_slots:.2f}"]
-            for name, slots in layouts
+            for name, slots in _layouts(ledger, quality)
         ],
     )
 
@@ -132,7 +342,7 @@ def _attention_line(quality: PackingQuality, *, isolated: bool) -> str:
     )
 
 
-def _as_json(data: PreparedData, quality: PackingQuality, seconds: dict[str, float]) -> dict[str, Any]:
+def _as_json(data: PreparedData, quality: PackingQuality, made: Made, seconds: dict[str, float]) -> dict[str, Any]:
     ledger = data.train.ledger
     return {
         "documents": ledger.documents,
@@ -149,9 +359,12 @@ def _as_json(data: PreparedData, quality: PackingQuality, seconds: dict[str, flo
             "median": quality.median_tokens,
             "histogram": [asdict(band) for band in quality.length_bands],
         },
+        "long_documents": asdict(_long_documents(data.train)),
         "ledger": ledger.to_json(),
         "evaluation_ledger": data.evaluation.ledger.to_json() if data.evaluation else None,
         "seconds": seconds,
         "found_again": data.found_again,
         "output": str(data.folder),
+        "parquet": {part: str(path) for part, path in made.parquet.items()} or None,
+        "plot": None if made.plot is None else str(made.plot),
     }

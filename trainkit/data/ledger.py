@@ -127,20 +127,27 @@ class Ledger:
         known = {one.name: value[one.name] for one in fields(cls)}
         return cls(**known | {"sources": tuple(SourceShare(**source) for source in value["sources"])})
 
-    def lines(self) -> list[str]:
-        """The ledger as aligned text: the examples, then the two sums, then the sources where there are several."""
+    def lines(self, *, sources: bool = True) -> list[str]:
+        """The ledger as aligned text: the examples, then the two sums, then the sources where there are several.
+
+        ``sources=False`` leaves those out.
+        """
         counts = [("examples read", self.examples_read, "")]
         counts += [(f"  dropped: {reason}", -count, "") for reason, count in self.examples_dropped.items()]
         counts += [("documents in rows", self.documents, f"{self.pieces:,} pieces")]
         counts += [("tokens read", self.read, "")]
         counts += [("  repeated by weight", self.repeated, "")] if self.repeated else []
-        counts += [("  truncated", -self.truncated, "")] if self.truncated else []
-        counts += [(f"  dropped: {reason}", -count, "") for reason, count in self.dropped.items()]
+        counts += [("  truncated", -self.truncated, self._of_read(self.truncated))] if self.truncated else []
+        counts += [(f"  dropped: {reason}", -count, self._of_read(count)) for reason, count in self.dropped.items()]
         counts += [
             ("trained", self.trained, ""),
             ("masked (context only)", self.masked, ""),
             ("separators added", self.separators, f"{self.separators_trained:,} of them trained"),
-            ("overlap repeated", self.overlap, f"{self.overlap_trained:,} of them trained"),
+            (
+                "overlap repeated",
+                self.overlap,
+                f"{self._of_read(self.overlap)}, {self.overlap_trained:,} of them trained",
+            ),
             ("padding", self.padding, f"{1 - self.fill:.2%} of the slots"),
             ("slots", self.slots, f"{self.rows:,} rows of {self.sequence_length:,}"),
             (
@@ -152,10 +159,14 @@ class Ledger:
         width = max(len(f"{count:,}") for _, count, _ in counts)
         label_width = max(len(label) for label, _, _ in counts)
         lines = [f"{label:<{label_width}}  {count:>{width},}  {note}".rstrip() for label, count, note in counts]
-        if len(self.sources) > 1:
+        if sources and len(self.sources) > 1:
             lines += [
                 f"{source.path}: {source.trained_tokens:,} trained tokens, {source.share:.1%} of the mix, "
                 f"{source.passes:.2f} passes"
                 for source in self.sources
             ]
         return lines
+
+    def _of_read(self, tokens: int) -> str:
+        """``tokens`` beside all that was read, repetitions included."""
+        return f"{tokens / max(1, self.read + self.repeated):.2%} of the tokens read"
