@@ -26,6 +26,8 @@ training: {epochs: 1}
 output_dir: runs/a
 """
 
+COMMANDS = ("fine-tune", "inspect-data", "pack-data", "show", "schema", "export")
+
 Said = pytest.CaptureFixture[str]
 
 
@@ -77,10 +79,14 @@ def test_no_new_commands_or_options() -> None:
         for name, command in group.commands.items()
     }
     assert sorted(option for parameter in group.params for option in parameter.opts) == ["--debug", "--version"]
+    assert tuple(surface) == COMMANDS
     assert surface == {
         "fine-tune": ["--fresh", "--json", "--set", "recipe"],
         "inspect-data": ["--examples", "--json", "--set", "recipe"],
-        "pack-data": ["--force", "--json", "--set", "recipe"],
+        "pack-data": [
+            *("--chat-template", "--data", "--force", "--format", "--json", "--output", "--plot"),
+            *("--sequence-length", "--set", "--tokenizer", "recipe"),
+        ],
         "show": ["--set", "recipe"],
         "schema": [],
         "export": ["--json", "--merge", "--output", "run"],
@@ -127,8 +133,19 @@ def test_the_other_commands_get_theirs(calls: list[Any]) -> None:
     assert run(["export", "runs/a", "--merge", "--output", "out"]) == 0
     assert run(["pack-data", "recipe.yaml", "--force"]) == 0
     assert calls[0][2] == {"examples": 3, "json_output": False}
-    assert calls[2][2] == {"force": True, "json_output": False}
+    assert calls[2][2] == {"output": None, "form": "store", "plot": None, "force": True, "json_output": False}
     assert calls[1] == ("export", (Path("runs/a"),), {"merge": True, "output": Path("out"), "json_output": False})
+
+
+def test_pack_data_takes_options_in_place_of_a_recipe(calls: list[Any]) -> None:
+    options = ["--data", "a.jsonl", "--data", "b.jsonl", "--tokenizer", "tok", "--sequence-length", "1000"]
+    places = ["--output", "out", "--format", "parquet", "--plot", "a.png"]
+    assert run(["pack-data", *options, "--set", "packing.overlap=1", *places, "--json"]) == 0
+    ((_, (read,), named),) = calls
+    assert [source.path for source in read.recipe.data.train] == ["a.jsonl", "b.jsonl"]
+    assert (read.recipe.packing.sequence_length, read.recipe.packing.overlap) == (1000, 1)
+    wanted = {"output": Path("out"), "form": "parquet", "plot": Path("a.png")}
+    assert named == {**wanted, "force": False, "json_output": True}
 
 
 @pytest.mark.usefixtures("calls")
@@ -153,7 +170,7 @@ def test_the_version(capsys: Said) -> None:
     assert capsys.readouterr().out == f"trainkit {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["fine-tune"], ["inspect-data"], ["show"], ["schema"], ["export"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_fits_eighty_columns_and_shows_an_example(command: list[str], capsys: Said) -> None:
     assert run([*command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -180,6 +197,11 @@ def only_line(capsys: Said) -> str:
         (["fine-tune", "a", "b"], "error: Got unexpected extra argument"),
         (["show", "recipe.yaml", "--set"], "error: Option '--set' requires an argument"),
         (["inspect-data", "recipe.yaml", "--examples", "0"], "error: Invalid value for '--examples'"),
+        (
+            ["pack-data", "recipe.yaml", "--format", "csv"],
+            "error: Invalid value for '--format': 'csv' is not one of 'store', 'parquet'; see `trainkit pack-data",
+        ),
+        (["pack-data"], "error: give a RECIPE, or --data and --tokenizer; see `trainkit pack-data --help`"),
         (["fine-tune", "nowhere.yaml"], "error: nowhere.yaml: no such recipe; "),
         (
             ["show", "recipe.yaml", "--set", "training.epochs=-1"],

@@ -211,9 +211,9 @@ def pack_data_command(
     """
     options = PackingOptions(tuple(data or ()), tokenizer, sequence_length, chat_template)
     read = _read(context, recipe, overrides, flags=options.flags(recipe, overrides or ()))
-    from trainkit.commands.pack_data import Wanted, pack_data
+    from trainkit.commands.pack_data import pack_data
 
-    pack_data(read, Wanted(output, form.value, plot), force=force, json_output=json_output)
+    pack_data(read, output=output, form=form.value, plot=plot, force=force, json_output=json_output)
 
 
 @app.command(
@@ -351,7 +351,7 @@ def _say(error: BaseException, lines: list[str], code: int, session: Session) ->
 
 
 def _usage_message(error: Any) -> str:
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "trainkit"
     return f"{message}{' See' if message.endswith('?') else '; see'} `{command} --help`"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from trainkit.recipe.reader import ReadRecipe
 
 Form = Literal["store", "parquet"]
+SECONDS_SHOWN = 0.005
+"""A person reads two decimals; ``--json`` has every stage."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,15 @@ class Wanted:
     plot: Path | None = None
 
 
-def pack_data(read: ReadRecipe, wanted: Wanted, *, force: bool, json_output: bool) -> None:
+def pack_data(
+    read: ReadRecipe, *, output: Path | None, form: Form, plot: Path | None, force: bool, json_output: bool
+) -> None:
     """Prepare the data of the recipe as ``fine-tune`` does, and report; ``force`` makes it anew where it is there.
 
     Reads the tokenizer and no weights. Raises UsageError for an output that is not ours, before anything is read, and
     DataError, ModelError and MachineError as a run would. Stopped on Ctrl+C: nothing half is left then.
     """
+    wanted = Wanted(output, form, plot)
     _check_wanted(wanted)
     recipe = read.recipe
     with Console(json_only=json_output) as console:
@@ -237,7 +242,8 @@ def _show(
         console.show(f"parquet: {part} rows {'found again' if made.kept[part] else 'written'} in {path}")
     if made.plot is not None:
         console.show(f"plot: {made.plot}")
-    console.show(f"seconds: {', '.join(f'{stage} {taken:.2f}' for stage, taken in seconds.items())}")
+    spent = (f"{stage} {taken:.2f}" for stage, taken in seconds.items() if taken >= SECONDS_SHOWN)
+    console.show(f"seconds: {', '.join(spent)}")
 
 
 def _show_sources(console: Console, ledger: Ledger) -> None:
@@ -280,16 +286,13 @@ def _long_documents_line(long: LongDocuments, ledger: Ledger) -> str:
     read = ledger.read + ledger.repeated
     if dropped := ledger.examples_dropped.get(TOO_LONG, 0):
         lost = ledger.dropped.get(TOO_LONG, 0)
-        return f"long documents: {dropped:,} dropped, {lost:,} tokens ({lost / read:.2%} of the tokens read)"
+        return f"long documents: {dropped:,} dropped, {lost / read:.2%} of the tokens read ({lost:,})"
     if not long.documents:
         return f"long documents: none is longer than a row of {ledger.sequence_length:,}"
-    longer = f"long documents: {long.documents:,} of {ledger.documents:,} are longer than a row"
+    longer = f"long documents: {long.documents:,} of {ledger.documents:,}"
     if ledger.truncated:
-        return f"{longer}; {ledger.truncated:,} tokens cut off ({ledger.truncated / read:.2%} of the tokens read)"
-    return (
-        f"{longer}; split into {long.pieces:,} pieces, which repeat {ledger.overlap:,} tokens "
-        f"({ledger.overlap / read:.2%} of the tokens read)"
-    )
+        return f"{longer} truncated, {ledger.truncated / read:.2%} of the tokens read ({ledger.truncated:,})"
+    return f"{longer}, in {long.pieces:,} pieces; overlap adds {ledger.overlap / read:.2%} ({ledger.overlap:,} tokens)"
 
 
 def _padding_before(ledger: Ledger, quality: PackingQuality) -> dict[str, float]:

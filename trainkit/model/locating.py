@@ -54,7 +54,7 @@ def locate_model(model: Model) -> ModelLocation:
     if path.is_dir():
         return ModelLocation(model.name, path.resolve())
     if path.exists():
-        raise ModelError(f"model.name: {model.name} is a file; give the folder that holds config.json and the weights")
+        raise ModelError(f"model.name: {model.name} is a file; give the folder that it lies in")
     near = _nearest_folder(path)
     if near is not None or _looks_like_path(model.name):
         hint = f"; did you mean {near}?" if near else "; give a folder, a hub id (owner/name) or `tiny`"
