@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import typer
 import yaml
 
-from trainkit.cli import run
+from trainkit.cli import app, run
 from trainkit.commands.pack_data import StageClock
 from trainkit.data.packed_store import PackedRows
+from trainkit.data.parquet_rows import SCHEMA
 from trainkit.data.sealed_folder import verify
 
+DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "packing.md"
 KEYS = {
     "documents",
     "tokens",
@@ -268,7 +272,7 @@ def test_parquet_holds_training_and_held_out_rows(recipe: str, capsys: Said) -> 
     result = packed(recipe, "--format", "parquet", "--output", "out", capsys=capsys)
     assert result["parquet"] == {"train": "out/train.parquet", "evaluation": "out/evaluation.parquet"}
     for part in ("train", "evaluation"):
-        rows = PackedRows.open(Path(result["output"]), part)  # type: ignore[arg-type]
+        rows = PackedRows.open(Path(result["output"]), part)
         read = pq.read_table(result["parquet"][part]).to_pylist()
         assert [one["input_ids"] for one in read] == [rows.row(index).ids_T.tolist() for index in range(len(rows))]
     assert result["rows"] == len(pq.read_table("out/train.parquet"))
@@ -325,6 +329,46 @@ def test_ctrl_c_leaves_nothing_half_and_says_so(
     assert all((folder / "manifest.json").is_file() for folder in cache.iterdir() if any(folder.iterdir()))
     result = packed(letters, "--format", "parquet", "--output", "out", capsys=capsys)
     assert (result["rows"], result["found_again"]) == (2, stage == "writing")
+
+
+def test_the_document_names_every_option_key_stage_and_column(letters: str, capsys: Said) -> None:
+    text = DOCUMENT.read_text()
+    group: Any = typer.main.get_command(app)
+    options = [option for parameter in group.commands["pack-data"].params for option in parameter.opts]
+    result = packed(letters, capsys=capsys)
+    spoken_of = [*result, *result["padding_waste_before"], *result["attention_pairs"], *result["document_lengths"]]
+    spoken_of += [*result["long_documents"], *STAGES, *SCHEMA.names]
+    assert [name for name in spoken_of if f"`{name}`" not in text] == []
+    assert [option for option in options if option.startswith("--") and option not in text] == []
+
+
+def test_the_commands_of_the_document_run(tmp_path: Path, tiny_model_folder: Path, capsys: Said) -> None:
+    shutil.copytree(tiny_model_folder, tmp_path / "models" / "my-model")
+    for name in ("train.jsonl", "more.jsonl"):
+        texts = [f"{name} {number}" for number in range(200)]
+        Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    blocks = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("trainkit pack-data ")]
+    assert len(commands) == len(lines) > 2
+    for command in commands:
+        assert run(command[1:]) == 0, capsys.readouterr().err
+    assert Path("packed/train.parquet").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries that are not ours
+def test_trl_trains_on_the_rows_as_the_document_says(
+    letters: str, tmp_path: Path, tiny_model_folder: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    shutil.copytree(tiny_model_folder, tmp_path / "models" / "my-model")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    packed(*OPTIONS, "--format", "parquet", "--output", "packed", capsys=capsys)
+    [block] = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)
+    here = block.replace("padding_free=True,", "padding_free=True, use_cpu=True, bf16=False,")  # not on a GPU
+    assert here != block
+    exec(compile(here, "packing.md", "exec"), {})
+    assert "train_loss" in capsys.readouterr().out
 
 
 def test_no_weights_are_read(letters: str, capsys: Said) -> None:

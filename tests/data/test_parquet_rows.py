@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import subprocess
@@ -120,6 +121,27 @@ def test_trl_makes_the_same_batch(prepared: Any) -> None:
     assert batch["labels"].tolist() == [np.where(trained, ids, -100).tolist()]
     assert batch["position_ids"].tolist() == [[place for length in lengths for place in range(length)]]
     assert batch["cu_seq_lens_q"].tolist() == [0, *np.cumsum(lengths).tolist()]
+
+
+def test_transformers_keeps_the_segments_of_trls_batch_apart(prepared: Any, tiny_model_folder: Path) -> None:
+    """As TRL calls the model: a segment in the batch and alone have the same logits."""
+    sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    data = prepared()
+    write_rows_file(Path("rows.parquet"), data.train, "train", data.key, nothing)
+    records = list(Dataset.from_parquet("rows.parquet"))[:3]
+    batch = sft_trainer.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(records)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    ends = batch["cu_seq_lens_q"].tolist()
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        together = model(**batch, use_cache=False).logits[0]
+        apart = [model(ids[:, begin:end]).logits[0] for begin, end in itertools.pairwise(ends)]
+    assert len(apart) > 3
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
 
 
 def test_the_same_rows_stay_and_are_checked(prepared: Any) -> None:
