@@ -350,7 +350,10 @@ def test_the_program_fails_with_the_exit_code_and_no_traceback() -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["show", "recipe.yaml"], ["show", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["show", "recipe.yaml"], ["show", "nowhere"], ["pack-data", "--help"], ["pack-data", "--data", "a"]],
+)
 def test_help_and_refusals_load_nothing_heavy(arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "datasets", "numpy", "rich"}
     code = f"import sys; from trainkit.cli import run; run(sys.argv[1:]); print({heavy} & set(sys.modules))"

@@ -95,8 +95,8 @@ def _draw_lengths(axes: Any, lengths_N: NDArray[np.int64], sequence_length: int)
             fontsize=9,
         )
     longer = int(np.count_nonzero(lengths_N > sequence_length))
-    _label(axes, "Length of documents", "tokens, before long documents are cut", "documents")
-    axes.set_title(f"median {np.median(lengths_N):,.0f}, longer than a row: {longer:,}", loc="right", fontsize=9)
+    note = f"median {np.median(lengths_N):,.0f}, longer than a row: {longer:,}"
+    _label(axes, "Length of documents", note, "tokens, before long documents are cut", "documents")
 
 
 def _draw_fill(axes: Any, tokens_R: NDArray[np.int64], sequence_length: int) -> None:
@@ -105,16 +105,16 @@ def _draw_fill(axes: Any, tokens_R: NDArray[np.int64], sequence_length: int) -> 
     axes.set_xlim(0, 100)
     axes.set_yscale("symlog", linthresh=1)  # the few rows that are not full are what one looks for
     axes.set_ylim(0, MARGIN_FOR_NUMBERS * 2 * counts.max())
-    _label(axes, "Fill of rows", "% of the slots of a row that hold a token", "rows (logarithmic)")
-    full = int(np.count_nonzero(tokens_R == sequence_length))
-    axes.set_title(f"filled to the last slot: {full / tokens_R.size:.1%}", loc="right", fontsize=9)
+    full = np.count_nonzero(tokens_R == sequence_length) / tokens_R.size
+    note = f"mean {tokens_R.mean() / sequence_length:.2%}, filled to the last slot: {full:.1%}"
+    _label(axes, "Fill of rows", note, "% of the slots of a row that hold a token", "rows (logarithmic)")
 
 
 def _draw_layouts(axes: Any, tokens: int, layouts: Sequence[tuple[str, float]]) -> None:
-    names, slots = [name for name, _ in layouts], [count for _, count in layouts]
+    names, slots = [name.replace(", ", ",\n") for name, _ in layouts], [count for _, count in layouts]
     axes.barh(names, slots, color=EMPTY, label="padding")
     axes.barh(names, tokens, color=TOKENS, label="tokens")
-    for name, count in layouts:
+    for name, count in zip(names, slots, strict=True):
         axes.annotate(
             f"{padding_share(tokens, count):.1%} padding",
             (count, name),
@@ -126,16 +126,19 @@ def _draw_layouts(axes: Any, tokens: int, layouts: Sequence[tuple[str, float]]) 
     axes.invert_yaxis()
     axes.set_xlim(0, MARGIN_FOR_NUMBERS * max(slots))
     axes.xaxis.set_major_formatter(lambda count, _: _short(count))
-    _label(axes, "Packed, and padded instead", "slots that a model computes in one epoch", "")
+    axes.tick_params(axis="y", labelsize=9)
+    _label(axes, "Packed, and padded instead", "", "slots that a model computes in one epoch", "")
     axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
-def _label(axes: Any, title: str, x: str, y: str) -> None:
-    if y:
-        axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+def _label(axes: Any, title: str, note: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20 if note else 6)
+    if note:
+        axes.annotate(note, (0, 1), xycoords="axes fraction", xytext=(0, 6), textcoords="offset points", fontsize=9)
     axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    if y:
+        axes.set_ylabel(y)
+        axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
     axes.spines[["top", "right"]].set_visible(False)
 
 
