@@ -60,8 +60,10 @@ def length_edges(shortest: int, longest: int) -> NDArray[np.float64]:
 
 
 def _document_lengths(rows: PackedRows) -> NDArray[np.int64]:
-    documents = np.unique(rows.plan.pieces.document_P)
-    return rows.documents.offsets_N[documents + 1] - rows.documents.offsets_N[documents]
+    in_rows_N = np.zeros(len(rows.documents), np.bool_)  # marking is many times faster than sorting
+    in_rows_N[rows.plan.pieces.document_P] = True
+    lengths_N: NDArray[np.int64] = np.diff(rows.documents.offsets_N)[in_rows_N]
+    return lengths_N
 
 
 def _tokens_of_rows(rows: PackedRows) -> NDArray[np.int64]:

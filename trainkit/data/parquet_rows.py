@@ -4,8 +4,6 @@ One record a row: ``input_ids``, ``labels`` (the id where the token is a target,
 each segment; TRL's name) and ``documents`` (the place of each segment's example). Labels are not shifted. A file is
 written under a hidden name, a group of rows at a time, and renamed when it is complete and on disk; its metadata says
 which rows it holds, so that ours can be told from a file of somebody else's.
-
-Legend: R rows, P pieces.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from trainkit.data.packed_store import Documents, PackedRows, Part
+    from trainkit.data.packed_store import PackedRows, Part
 
 FORMAT_VERSION = 1
 SUFFIX = ".parquet"
@@ -145,7 +143,6 @@ def write_rows_file(
     """
     mark = {"format": FORMAT_VERSION, "key": key, "part": part, "ledger": rows.ledger.to_json()}
     schema = SCHEMA.with_metadata({MARK: json.dumps(mark, allow_nan=False).encode()})
-    places = _places(rows.documents)
     rows_in_group = max(1, TOKENS_IN_GROUP // rows.sequence_length)
     on_progress(0, len(rows))
     with _complete_or_not_there(path) as file:
@@ -160,40 +157,32 @@ def write_rows_file(
         try:
             for first in range(0, len(rows), rows_in_group):
                 last = min(first + rows_in_group, len(rows))
-                writer.write_batch(_record_batch(rows, first, last, places, schema), row_group_size=rows_in_group)
+                writer.write_batch(_record_batch(rows, first, last, schema), row_group_size=rows_in_group)
                 on_progress(last, len(rows))
             writer.close()
         finally:
             writer.is_open = False  # else its finaliser would end what was broken off
 
 
-def _record_batch(rows: PackedRows, first: int, last: int, places: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
+def _record_batch(rows: PackedRows, first: int, last: int, schema: pa.Schema) -> pa.RecordBatch:
     """Rows ``first`` to ``last`` (not included)."""
     assembled = [rows.row(index) for index in range(first, last)]
     ids = np.concatenate([row.ids_T for row in assembled])
     trained = np.concatenate([row.trained_T for row in assembled])
     token_offsets = _offsets([row.ids_T.size for row in assembled])
     piece_offsets = _offsets([row.segment_lengths.size for row in assembled])
-    pieces = slice(int(rows.plan.offsets_R[first]), int(rows.plan.offsets_R[last]))
+    places = [place for index in range(first, last) for place in rows.documents_of(index)]
     columns = [
         pa.ListArray.from_arrays(token_offsets, ids),
         pa.ListArray.from_arrays(token_offsets, np.where(trained, ids, np.int32(NOT_TRAINED))),
         pa.ListArray.from_arrays(piece_offsets, np.concatenate([row.segment_lengths for row in assembled])),
-        pa.ListArray.from_arrays(
-            piece_offsets, places.take(pa.array(rows.plan.pieces.document_P[pieces])).cast(pa.string())
-        ),
+        pa.ListArray.from_arrays(piece_offsets, pa.array(places, pa.string())),
     ]
     return pa.record_batch(columns, schema=schema)
 
 
 def _offsets(lengths: list[int]) -> pa.Array:
     return pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-
-
-def _places(documents: Documents) -> pa.Array:
-    """The places of all documents as text, where they lie: nothing is copied but where each begins."""
-    begins = np.concatenate(([0], documents.place_ends_N)).astype(np.int64)
-    return pa.LargeStringArray.from_buffers(len(documents), pa.py_buffer(begins), pa.py_buffer(documents.places))
 
 
 @contextmanager
