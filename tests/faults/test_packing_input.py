@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from trainkit.cli import run
-from trainkit.data.packed_store import PackedRows, verify
+from trainkit.data.packed_store import PackedRows
+from trainkit.data.sealed_folder import verify
 
 Said = pytest.CaptureFixture[str]
 LONGEST_LINE = 250

@@ -13,12 +13,12 @@ import numpy as np
 
 from trainkit.console import Console
 from trainkit.data.encoding import Encoder
-from trainkit.data.packed_store import MANIFEST, TEMPORARY_PREFIX
 from trainkit.data.packing_figure import FIGURE_INCHES, draw_packing
 from trainkit.data.packing_quality import packing_quality, padding_share
 from trainkit.data.parquet_rows import SUFFIX, check_ours, files_in, write_rows_files
 from trainkit.data.preparation import default_cache, prepare
 from trainkit.data.row_plan import TOO_LONG
+from trainkit.data.sealed_folder import CONDEMNED, MANIFEST, TEMPORARY_PREFIX
 from trainkit.errors import MachineError, ModelError, Stopped, UsageError
 from trainkit.model.loading import load_tokenizer, locate_model
 from trainkit.plotting import check_plot_path, new_figure, save
@@ -137,7 +137,8 @@ def _check_store_root(output: Path) -> None:
     if os.path.lexists(output) and not output.is_dir():
         raise UsageError(f"--output: {output} is a file; name a new folder")
     for entry in sorted(output.iterdir()) if output.is_dir() else []:
-        ours = re.fullmatch("[0-9a-f]{32}", entry.name) and (entry / MANIFEST).is_file()
+        marked = any((entry / name).is_file() for name in (MANIFEST, CONDEMNED))
+        ours = marked and re.fullmatch("[0-9a-f]{32}", entry.name)
         if not ours and not entry.name.startswith(TEMPORARY_PREFIX):
             raise UsageError(
                 f"--output: {output} holds {entry.name}, which trainkit did not write; name a new or an empty folder"

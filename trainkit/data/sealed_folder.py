@@ -406,5 +406,5 @@ def _disk_trouble_named(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise MachineError(
             f"cannot write packed data in {folder}: {error.strerror}; "
-            "make room or give another folder in the environment variable TRAINKIT_CACHE"
+            "make room, or give another folder (the environment variable TRAINKIT_CACHE, pack-data's --output)"
         ) from error
