@@ -203,24 +203,36 @@ def _cut_and_count(documents: Documents, chosen_N: Int64, lengths_N: Positions, 
     pieces = cut(lengths_N, packing.sequence_length, policy, overlap)
     document_P = pieces.document_P
     # Right for whole documents; those of their parts are counted below.
-    most_N = np.minimum(documents.targets_N[chosen_N], packing.sequence_length).astype(np.int32)
-    targets_P = most_N[document_P]
+    targets_P = np.minimum(documents.targets_N[chosen_N], packing.sequence_length).astype(np.int32)[document_P]
     overlap_targets_P = np.zeros(len(pieces), np.int32)
     parts = np.flatnonzero(pieces.length_P < lengths_N[document_P])
     if parts.size:
-        begin_Q = documents.offsets_N[chosen_N[document_P[parts]]] + pieces.start_P[parts]
+        in_store_Q = chosen_N[document_P[parts]]
+        begin_Q = documents.offsets_N[in_store_Q] + pieces.start_P[parts]
         end_Q = begin_Q + pieces.length_P[parts]
         # The first token of a piece has nothing before it to be predicted from.
         new_Q = begin_Q + np.maximum(pieces.overlap_P[parts], 1)
-        targets_P[parts] = count_trained(documents, new_Q, end_Q)
+        targets_P[parts] = _targets_between(documents, in_store_Q, new_Q, end_Q)
         if packing.train_on_overlap and overlap:
-            overlap_targets_P[parts] = count_trained(documents, begin_Q + 1, new_Q)
+            overlap_targets_P[parts] = _targets_between(documents, in_store_Q, begin_Q + 1, new_Q)
             targets_P[parts] += overlap_targets_P[parts]
 
     separator_P = documents.separators_N[chosen_N][document_P]
     separator_P &= pieces.start_P + pieces.length_P == lengths_N[document_P]
     separator_target_P = separator_P & documents.trained_separators_N[chosen_N][document_P] & (pieces.length_P > 1)
     return _CountedPieces(pieces, targets_P, overlap_targets_P, separator_P, separator_target_P)
+
+
+def _targets_between(documents: Documents, in_store_Q: Int64, begin_Q: Int64, end_Q: Int64) -> Int64:
+    """Trained tokens from ``begin_Q`` to ``end_Q``, behind the first token of the document ``in_store_Q``."""
+    targets_Q = documents.targets_N[in_store_Q]
+    # Text that is trained throughout, and text that is not trained at all, need no look at their flags.
+    all_Q = targets_Q == documents.offsets_N[in_store_Q + 1] - documents.offsets_N[in_store_Q] - 1
+    counts_Q = np.where(all_Q, end_Q - begin_Q, 0)
+    mixed = np.flatnonzero(~all_Q & (targets_Q > 0))
+    if mixed.size:
+        counts_Q[mixed] = count_trained(documents, begin_Q[mixed], end_Q[mixed])
+    return counts_Q
 
 
 def count_trained(documents: Documents, begin_Q: Int64, end_Q: Int64) -> Int64:
