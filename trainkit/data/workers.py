@@ -104,7 +104,7 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     """What a worker does first: it leaves Ctrl+C to its parent, and does not outlive it."""
     global _function_of_worker  # noqa: PLW0603 - an executor's worker has no other place for it
     _function_of_worker = function
-    gc.freeze()  # what the parent made is never collected here: looking at it would copy its pages
+    gc.disable()  # looking for cycles would copy the parent's pages, and a worker makes next to none
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for one in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(one, signal.SIG_DFL)
