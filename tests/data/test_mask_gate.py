@@ -42,7 +42,7 @@ def gate_after(tokenizer: PreTrainedTokenizerBase, *examples: ParsedExample, sep
         digests_N=none_N.astype(np.uint64),
         places=places,
     )
-    gate.observe(EncodedBlock(documents, encoded.turns_N, encoded.ended_turns_N, 0, len(examples), ()))
+    gate.observe(EncodedBlock(documents, encoded.turns_N, encoded.ended_turns_N, 0, len(examples), 0, ()))
     return gate
 
 

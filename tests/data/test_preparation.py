@@ -224,8 +224,16 @@ def test_a_changed_recipe_has_another_key_and_tokenises_only_where_it_must(
     assert encoder.calls == (80 if tokenises else 40)
 
 
-def test_every_stage_of_progress_comes_to_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "stage", "end"), [("jsonl", "encoding {path}, MiB", (1, 1)), ("csv", "encoding {path}", (600, 600))]
+)
+def test_every_stage_of_progress_comes_to_its_end(tmp_path: Path, kind: str, stage: str, end: tuple[int, int]) -> None:
     source = pairs(tmp_path / "a.jsonl", [f"question {n} " for n in range(600)])
+    if kind == "csv":
+        rows = [json.loads(line) for line in Path(source.path).read_text().splitlines()]
+        source = Source(path=str(tmp_path / "a.csv"))
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        Path(source.path).write_text("\n".join(lines))
     last: dict[str, tuple[int, int | None]] = {}
     prepare(
         recipe(source),
@@ -233,7 +241,7 @@ def test_every_stage_of_progress_comes_to_its_end(tmp_path: Path) -> None:
         tmp_path / "cache",
         lambda *now: last.update({now[0]: now[1:]}),
     )
-    assert last == {"checking files": (1, 1), f"encoding {source.path}": (600, 600), "packing": (1, 1)}
+    assert last == {"checking files": (1, 1), stage.format(path=source.path): end, "packing": (1, 1)}
 
 
 def test_changed_bytes_or_another_encoder_have_another_key(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class EncodedBlock:
     ended_turns_N: NDArray[np.int64]
     spoken_specials: int
     examples_read: int
+    bytes_read: int
+    """Of files that are read line by line; 0 for others."""
     dropped: tuple[tuple[str, str], ...]
 
 
@@ -118,6 +120,7 @@ def _encoded_block(block: Block, source: int, recognised: Recognised, bulk: Bulk
         encoded.ended_turns_N[filled],
         int(encoded.spoken_specials_N.sum()),
         len(examples),
+        block.bytes_of_lines,
         tuple(dropped),
     )
 

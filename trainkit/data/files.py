@@ -108,6 +108,11 @@ class RecordsBlock:
         """Always: no empty block is made."""
         return True
 
+    @property
+    def bytes_of_lines(self) -> int:
+        """None that are known."""
+        return 0
+
     def records(self) -> Iterator[tuple[str, object]]:
         """(place, record) of every example."""
         yield from self.decoded
@@ -219,6 +224,11 @@ class LinesBlock:
     first_line: int
     first_byte: int
     data: bytes
+
+    @property
+    def bytes_of_lines(self) -> int:
+        """How much of the file it is."""
+        return len(self.data)
 
     @property
     def holds_something(self) -> bool:

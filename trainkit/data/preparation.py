@@ -38,7 +38,7 @@ from trainkit.data.packed_store import (
 )
 from trainkit.data.row_plan import TOO_LONG, Selection, held_out, plan_rows
 from trainkit.data.sealed_folder import FORMAT_VERSION, StoreUnusable, building, verify
-from trainkit.data.sources import read_source, source_files
+from trainkit.data.sources import bytes_of_lines, read_source, source_files
 from trainkit.errors import DataError, MachineError
 
 if TYPE_CHECKING:
@@ -248,6 +248,11 @@ def _write_documents(
     return fast_or_by_reference(encoder, write)[1]
 
 
+def _mebibytes(size: int) -> int:
+    """Whole MiB, rounded up, so that the last comes with the end."""
+    return -(-size // 2**20)
+
+
 def _encode_source(
     number: int, source: Source, bulk: BulkEncoder, writer: DocumentWriter, on_progress: Progress
 ) -> dict[str, Any]:
@@ -259,8 +264,10 @@ def _encode_source(
     gate = MaskGate(bulk.tokenizer)
     dropped: Counter[str] = Counter()
     places: defaultdict[str, list[str]] = defaultdict(list)
-    read = spoken_specials = 0
-    on_progress(f"encoding {source.path}", 0, None)
+    read = spoken_specials = bytes_read = 0
+    size = bytes_of_lines(source)
+    stage = f"encoding {source.path}" + ("" if size is None else ", MiB")
+    on_progress(stage, 0, None if size is None else _mebibytes(size))
     for block in encoded_blocks(source, number, recognised, bulk):
         gate.observe(block)
         writer.append_many(block.documents)
@@ -270,8 +277,13 @@ def _encode_source(
                 places[reason].append(place)
         read += block.examples_read
         spoken_specials += block.spoken_specials
-        on_progress(f"encoding {source.path}", read, None)
-    on_progress(f"encoding {source.path}", read, read)
+        bytes_read += block.bytes_read
+        if size is None:
+            on_progress(stage, read, None)
+        elif bytes_read < size:
+            on_progress(stage, bytes_read // 2**20, _mebibytes(size))
+    done = read if size is None else _mebibytes(size)
+    on_progress(stage, done, done)
     gate.check()
     return {
         "sentence": recognised.sentence,

@@ -92,6 +92,17 @@ def source_files(source: Source) -> tuple[Path, ...]:
     return tuple(file.path.absolute() for file in _files(source))
 
 
+def bytes_of_lines(source: Source) -> int | None:
+    """The size of a source that is read line by line from plain jsonl files: how far reading is can be told in bytes.
+
+    None for any other. Raises DataError.
+    """
+    files = [file.path for file in _files(source)]
+    if not files or any(kind_of(path) != "jsonl" or path.suffix.lower() == ".gz" for path in files):
+        return None
+    return sum(path.stat().st_size for path in files)
+
+
 def _files(source: Source) -> tuple[_File, ...]:
     """What ``source.path`` means: the shipped data set, a file, the files of a folder, or () for a hub id."""
     if source.path == QUICKSTART:
