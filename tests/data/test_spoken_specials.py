@@ -119,3 +119,20 @@ def test_cutting_a_real_tokenizers_text(material: Path, name: str) -> None:
     whole = special.tokens(text, ())
     cut = special.tokens(text, [(500, 507)])
     assert [part.tolist() for part in whole] == [part.tolist() for part in cut]
+
+
+def test_a_part_further_on_does_not_begin_a_text() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        piece: number for number, piece in enumerate(["<unk>", "<s>", "▁", "a", "b", "▁a", "▁b", "<", "s", ">"])
+    }
+    backend = Tokenizer(models.BPE(vocabulary, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+    special = SpecialTokens(tokenizer, text_tokenizer(tokenizer))
+    whole = special.tokens("a<s>b", ())[0].tolist()
+    assert special.tokens("a<s>b", [(500, 503)])[0].tolist() == whole == [5, 1, 4]
+    assert special.tokens("a<s>b", [(1, 4)])[0].tolist() == [5, 7, 8, 9, 4]

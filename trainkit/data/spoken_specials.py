@@ -147,24 +147,29 @@ class SpecialTokens:
         if not text:
             return
         if self._engines_of_words is None:
-            self._engines_of_words = (
-                _engine_of_words(self._engine, inside=False),
-                _engine_of_words(self._engine, inside=True),
-            )
+            self._engines_of_words = _engines_of_words(self._engine)
         encoding = self._engines_of_words[not begins].encode(text, add_special_tokens=False)
         yield from zip(encoding.ids, encoding.offsets, strict=True)
 
 
-def _engine_of_words(engine: Tokenizer, *, inside: bool) -> Tokenizer:
-    """A copy that knows no special token; ``inside``: one that does not take a part for the beginning of a text."""
+def _engines_of_words(engine: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
+    """Copies that know no special token: for the beginning of a text, and for a part further on."""
     from tokenizers import Tokenizer
 
-    described = json.loads(engine.to_str())
-    if inside:
-        _never_first(described.get("pre_tokenizer"))
-    copy: Tokenizer = Tokenizer.from_str(json.dumps(described))
-    copy.encode_special_tokens = True
-    return copy
+    described = engine.to_str()
+    beginning: Tokenizer = Tokenizer.from_str(described)
+    inside = beginning
+    if '"prepend_scheme":"first"' in json.dumps(_pre_tokenizer(engine), separators=(",", ":")):
+        changed = json.loads(described)
+        _never_first(changed["pre_tokenizer"])
+        inside = Tokenizer.from_str(json.dumps(changed))
+    beginning.encode_special_tokens = inside.encode_special_tokens = True
+    return beginning, inside
+
+
+def _pre_tokenizer(engine: Tokenizer) -> Any:
+    """What the engine does before tokens are made, as tokenizer.json describes it."""
+    return None if engine.pre_tokenizer is None else json.loads(engine.pre_tokenizer.__getstate__())
 
 
 def _never_first(described: Any) -> None:
