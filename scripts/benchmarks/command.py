@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.packing import WORKS
+from benchmarks.packing_peers import installing_lines
 from benchmarks.setting import add_options
 from trainkit.errors import TrainkitError
 
@@ -22,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.step import measure_steps, table
 
             found = measure_steps(options)
+        elif options.verb == "pack":
+            from benchmarks.packing import measure_packing, table
+
+            found = measure_packing(options)
         else:
             from benchmarks.micro_batch import measure_micro_batches, table
 
@@ -54,7 +60,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(micro_batch, steps=8)
     micro_batch.add_argument("--json", action="store_true", help="print one JSON object")
+    pack = verbs.add_parser(
+        "pack",
+        help="rows, time and memory of packing, beside the packers of other projects",
+        description="Packing by trainkit and by other projects' packers on the same lengths, as Markdown tables. Each "
+        "measurement runs in a process of its own; times are the least of several runs where those are short.",
+        epilog=_pack_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_pack(pack)
     return parser
+
+
+def _pack_epilog() -> str:
+    works = "\n".join(f"  {name:<12} {(work.__doc__ or '').split(chr(10))[0]}" for name, work in WORKS.items())
+    return f"works:\n{works}\n\ninstalling the peers, each in a folder of its own:\n{installing_lines()}"
+
+
+def _add_pack(pack: argparse.ArgumentParser) -> None:
+    pack.add_argument("--work", action="append", choices=WORKS, help="one work; may be repeated (default: all)")
+    pack.add_argument("--peers", metavar="DIR", help="where other projects' packers were installed (see below)")
+    pack.add_argument(
+        "--material", metavar="DIR", help="real data (default: $TRAINKIT_MATERIAL, or shared/ beside the repository)"
+    )
+    pack.add_argument("--quick", action="store_true", help="a few thousand documents: seconds, and no result")
+    pack.add_argument("--limit", type=float, default=180.0, help="seconds for one measurement (default: 180)")
+    pack.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
