@@ -15,6 +15,8 @@ from trainkit.errors import TrainkitError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+MATERIAL_HELP = "real data and models (default: $TRAINKIT_MATERIAL, or shared/ beside the repository)"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code."""
@@ -28,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.packing import measure_packing, table
 
             found = measure_packing(options)
+        elif options.verb == "positions":
+            from benchmarks.positions import measure_positions, table
+
+            found = measure_positions(options)
         else:
             from benchmarks.micro_batch import measure_micro_batches, table
 
@@ -69,7 +75,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_pack(pack)
+    positions = verbs.add_parser(
+        "positions",
+        help="what resetting positions in packed rows changes: logits and training",
+        description="Identity: how far logits move when positions are not reset, by kind of position and precision. "
+        "Training: documents padded, packed, isolated, reset, all evaluated alike. Markdown tables.",
+    )
+    _add_positions(positions)
     return parser
+
+
+def _add_positions(positions: argparse.ArgumentParser) -> None:
+    positions.add_argument("--part", choices=("identity", "training"), help="one part (default: both)")
+    positions.add_argument("--seeds", type=int, default=3, help="training runs of each kind (default: 3)")
+    positions.add_argument("--plot", metavar="FILE", help="the curves as a picture, .svg or .png (needs matplotlib)")
+    positions.add_argument("--material", metavar="DIR", help=MATERIAL_HELP)
+    positions.add_argument("--quick", action="store_true", help="two steps, one seed: seconds, and no result")
+    positions.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _pack_epilog() -> str:
@@ -80,9 +102,7 @@ def _pack_epilog() -> str:
 def _add_pack(pack: argparse.ArgumentParser) -> None:
     pack.add_argument("--work", action="append", choices=WORKS, help="one work; may be repeated (default: all)")
     pack.add_argument("--peers", metavar="DIR", help="where other projects' packers were installed (see below)")
-    pack.add_argument(
-        "--material", metavar="DIR", help="real data (default: $TRAINKIT_MATERIAL, or shared/ beside the repository)"
-    )
+    pack.add_argument("--material", metavar="DIR", help=MATERIAL_HELP)
     pack.add_argument("--quick", action="store_true", help="a few thousand documents: seconds, and no result")
     pack.add_argument("--limit", type=float, default=180.0, help="seconds for one measurement (default: 180)")
     pack.add_argument("--json", action="store_true", help="print one JSON object")

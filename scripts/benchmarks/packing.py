@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.packing_peers import PEERS, TRL
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable, Iterator
 
 OURS = "trainkit"
 POLL_SECONDS = 0.01
@@ -198,9 +198,7 @@ def step(bench: Bench) -> list[Table]:
     )
     overlap = Table("step", f"What an overlap of {OVERLAP} costs: {chosen.name}", ("overlap",))
     with bench.documents(chosen.lengths_N) as (documents, made):
-        packing.lines.append(
-            bench.run(OURS, "pack_documents", documents=documents, sequence_length=2048, overlap=0)
-        )
+        packing.lines.append(bench.run(OURS, "pack_documents", documents=documents, sequence_length=2048, overlap=0))
         for length in LONG:
             line = bench.run(OURS, "pack_documents", documents=documents, sequence_length=length, overlap=OVERLAP)
             line.tool = f"rows of {length:,}"
@@ -227,10 +225,10 @@ def step(bench: Bench) -> list[Table]:
         else:
             packing.lines.append(_not_installed("TRL", TRL.folder))
     longer = chosen.lengths_N[chosen.lengths_N > 2048]
+    dropped, truncated = longer.sum() / tokens, (longer - 2048).sum() / tokens
     packing.remarks = [
         "trainkit packs ids and trained mask and writes an index of rows; TRL packs ids alone and writes the rows.",
-        f"Packers that drop what is longer than a row would lose {longer.sum() / tokens:.1%} of these tokens, those "
-        f"that truncate {(longer - 2048).sum() / tokens:.1%}.",
+        f"Dropping documents longer than a row loses {dropped:.1%} of the tokens, truncating them {truncated:.1%}.",
         f"Writing the documents themselves, once: {made.seconds or 0:.1f} s, {_memory(made.peak_bytes)}.",
     ]
     return [packing, overlap]

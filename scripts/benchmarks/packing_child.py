@@ -94,17 +94,14 @@ def trl_pack(peers: str, file: str, capacity: int, strategy: str, processes: int
     tokens = _tokens_of(dataset, "input_ids")
 
     def pack() -> dict[str, Any]:
-        nonlocal packed
         packed = pack_dataset(dataset, capacity, strategy, {"num_proc": processes, "load_from_cache_file": False})
-        return {}
+        return _rows_and_tokens(len(packed), tokens, tokens - _tokens_of(packed, "input_ids"), 0)
 
-    packed: Any = None
-    found = _timed(pack, runs=1)
-    return found | _rows_and_tokens(len(packed), tokens, tokens - _tokens_of(packed, "input_ids"), 0)
+    return _timed(pack, runs=1)
 
 
 def prepare(examples: str, tokenizer: str, sequence_length: int, overlap: int = 64) -> dict[str, Any]:
-    """trainkit from a file of examples to rows on disk, by the function that pack-data and fine-tune call."""
+    """Our own way from a file of examples to rows on disk, by the function that pack-data and fine-tune call."""
     from trainkit.data import preparation
     from trainkit.data.encoding import Encoder
     from trainkit.model.loading import load_tokenizer, locate_model
@@ -129,7 +126,9 @@ def prepare(examples: str, tokenizer: str, sequence_length: int, overlap: int = 
         return _timed(pack)
 
 
-def trl_prepare(peers: str, examples: str, tokenizer: str, sequence_length: int, processes: int | None) -> dict[str, Any]:
+def trl_prepare(
+    peers: str, examples: str, tokenizer: str, sequence_length: int, processes: int | None
+) -> dict[str, Any]:
     """TRL from a file of prompts and completions to rows on disk, by SFTTrainer's own preparation."""
     sys.path.insert(0, str(Path(peers) / packing_peers.TRL.folder))
     import datasets
@@ -169,9 +168,7 @@ def trl_prepare(peers: str, examples: str, tokenizer: str, sequence_length: int,
             bf16=False,
             report_to="none",
         )
-        trainer = Timed(
-            model=LlamaForCausalLM(tiny), args=arguments, train_dataset=dataset, processing_class=loaded
-        )
+        trainer = Timed(model=LlamaForCausalLM(tiny), args=arguments, train_dataset=dataset, processing_class=loaded)
         rows = trainer.train_dataset
         tokens = _tokens_of(rows, "input_ids")
         labels = rows.data.column("labels").combine_chunks().flatten()

@@ -26,7 +26,7 @@ ALPACA_LENGTHS = "data/alpaca_lengths.npy"
 BOOKS = ("data/war_and_peace_2600-0.txt", "data/ru_crime_and_punishment.txt")
 VOCABULARY = 150_000
 LONGEST_PROMPT = 200
-WORDS = "the a red kite was found in garden by Tom on Monday and what is it then please tell me more about that".split()
+WORDS = ("the", "red", "kite", "garden", "Tom", "found", "a", "on", "Monday", "and", "what", "is", "it", "then", "tell")
 
 
 def find_material(asked: str | None) -> Path | None:

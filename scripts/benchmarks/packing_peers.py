@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Packer = Callable[[], int]
 """Packs once; returns the number of rows."""
 WINDOW = 1000
-"""Documents that datasets.map hands over at once, unless told otherwise; also LLaMA-Factory's and ms-swift's default."""
+"""Documents that datasets.map hands over at once unless told otherwise; LLaMA-Factory's and ms-swift's default too."""
 AXOLOTL_BIN_SIZE = 200
 """axolotl's default for the most documents in a row."""
 
