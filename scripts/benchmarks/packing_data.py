@@ -25,6 +25,7 @@ ALPACA = "data/alpaca_data.json"
 ALPACA_LENGTHS = "data/alpaca_lengths.npy"
 BOOKS = ("data/war_and_peace_2600-0.txt", "data/ru_crime_and_punishment.txt")
 VOCABULARY = 150_000
+DOCUMENTS_AT_ONCE = 1000
 LONGEST_PROMPT = 200
 WORDS = ("the", "red", "kite", "garden", "Tom", "found", "a", "on", "Monday", "and", "what", "is", "it", "then", "tell")
 
@@ -68,28 +69,29 @@ def write_documents(lengths_N: Lengths, folder: Path) -> None:
     """A store of documents with drawn tokens and a masked prompt in each, as `trainkit pack-data` leaves one."""
     import numpy as np
 
-    from trainkit.data.packed_store import DocumentWriter, building
+    from trainkit.data.packed_store import DocumentBatch, DocumentWriter, building
 
     rng = np.random.default_rng(0)
-    longest = int(lengths_N.max())
-    tokens = rng.integers(0, VOCABULARY, 2 * longest + 1_000_000, np.int32)
-    starts = rng.integers(0, tokens.size - longest, lengths_N.size).tolist()
     with building(folder, "documents", folder.name) as builder:
         writer = DocumentWriter(builder)
-        for number, (start, length) in enumerate(zip(starts, lengths_N.tolist(), strict=True)):
-            trained = np.ones(length, np.bool_)
-            trained[: min(length // 4, LONGEST_PROMPT)] = False
-            trained[0] = False
-            writer.append(
-                tokens[start : start + length],
-                trained,
-                separator=True,
+        for first in range(0, lengths_N.size, DOCUMENTS_AT_ONCE):
+            some_N = lengths_N[first : first + DOCUMENTS_AT_ONCE]
+            numbers_N = np.arange(first, first + some_N.size)
+            begins_N = np.cumsum(some_N) - some_N
+            within_K = np.arange(int(some_N.sum())) - np.repeat(begins_N, some_N)
+            prompt_N = np.minimum(some_N // 4, LONGEST_PROMPT)
+            batch = DocumentBatch(
+                ids_K=rng.integers(0, VOCABULARY, within_K.size, np.int32),
+                trained_K=within_K >= np.repeat(np.maximum(prompt_N, 1), some_N),
+                lengths_N=some_N,
+                separators_N=np.ones(some_N.size, np.bool_),
+                has_prompt_N=np.zeros(some_N.size, np.bool_),
                 source=0,
-                example=number,
-                digest=number,
-                has_prompt=False,
-                place=f"drawn:{number}",
+                examples_N=numbers_N,
+                digests_N=numbers_N.astype(np.uint64),
+                places=[f"drawn:{number}" for number in numbers_N.tolist()],
             )
+            writer.append_many(batch)
         writer.finish({"sources": []})
 
 

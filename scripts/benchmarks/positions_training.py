@@ -6,6 +6,7 @@ held-out documents, each alone in its row.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -98,6 +99,7 @@ def train_case(case: Case, seeds: int) -> dict[str, Any]:
                 padded = arm == "padded"
                 rows = round(case.rows_per_step * documents_a_row) if padded else case.rows_per_step
                 recipe, base, training_rows, _ = prepared(case, packing, rows, seed, Path(folder))
+                print(f"  seed {seed}: {arm}", file=sys.stderr, flush=True)
                 trainer = _trainer(recipe, base, training_rows)
                 runs.append({"arm": arm, "seed": seed} | _train(trainer, held_out, case.steps))
     return {
