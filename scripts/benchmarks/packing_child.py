@@ -93,11 +93,14 @@ def trl_pack(peers: str, file: str, capacity: int, strategy: str, processes: int
     dataset = datasets.Dataset.from_file(file)
     tokens = _tokens_of(dataset, "input_ids")
 
-    def pack() -> dict[str, Any]:
-        packed = pack_dataset(dataset, capacity, strategy, {"num_proc": processes, "load_from_cache_file": False})
-        return _rows_and_tokens(len(packed), tokens, tokens - _tokens_of(packed, "input_ids"), 0)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"num_proc": processes, "cache_file_name": f"{folder}/packed.arrow"}
 
-    return _timed(pack, runs=1)
+        def pack() -> dict[str, Any]:
+            packed = pack_dataset(dataset, capacity, strategy, options)
+            return _rows_and_tokens(len(packed), tokens, tokens - _tokens_of(packed, "input_ids"), 0)
+
+        return _timed(pack, runs=1)
 
 
 def prepare(examples: str, tokenizer: str, sequence_length: int, overlap: int = 64) -> dict[str, Any]:
