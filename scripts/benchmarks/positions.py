@@ -104,7 +104,7 @@ def _training_table(found: dict[str, Any]) -> str:
     runs = found["runs"]
     seeds = len({run["seed"] for run in runs})
     shape = f"{found['documents_a_row']:.1f} documents in a row of {found['sequence_length']}"
-    heads = ("rows", "held-out loss", "against isolated and reset (range)", "trained tokens a step", "tokens/s")
+    heads = ("rows", "held-out loss", "against isolated and reset (range)", "trained tokens a step", "tokens/s (ratio)")
     return "\n".join(
         [
             f"**{found['case']}: {found['steps']} steps, {shape}, means of {seeds} seeds**",
@@ -114,7 +114,7 @@ def _training_table(found: dict[str, Any]) -> str:
             *(
                 f"| {one['arm']} | {one['eval_loss']:.4f} | {one['against_reference']:+.1e} "
                 f"({one['against_reference_range'][0]:+.1e} to {one['against_reference_range'][1]:+.1e}) | "
-                f"{one['trained_tokens_per_step']:,.0f} | {one['tokens_per_second']:,.0f} |"
+                f"{one['trained_tokens_per_step']:,.0f} | {one['tokens_per_second']:,.0f} ({one['speed_ratio']:.2f}) |"
                 for one in found["summary"]
             ),
         ]
