@@ -66,8 +66,9 @@ def pack_documents(documents: str, sequence_length: int, overlap: int) -> dict[s
     """The whole packing step of trainkit: from a store's documents to an index of rows on disk, checked and synced."""
     import numpy as np
 
-    from trainkit.data.packed_store import Documents, building, write_rows
+    from trainkit.data.packed_store import Documents, write_rows
     from trainkit.data.row_plan import Selection, plan_rows
+    from trainkit.data.sealed_folder import building
 
     packing = Packing(sequence_length=sequence_length, overlap=overlap)
 

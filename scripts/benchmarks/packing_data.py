@@ -69,7 +69,8 @@ def write_documents(lengths_N: Lengths, folder: Path) -> None:
     """A store of documents with drawn tokens and a masked prompt in each, as `trainkit pack-data` leaves one."""
     import numpy as np
 
-    from trainkit.data.packed_store import DocumentBatch, DocumentWriter, building
+    from trainkit.data.packed_store import DocumentBatch, DocumentWriter
+    from trainkit.data.sealed_folder import building
 
     rng = np.random.default_rng(0)
     with building(folder, "documents", folder.name) as builder:
