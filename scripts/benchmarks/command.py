@@ -104,7 +104,7 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
     pack.add_argument("--peers", metavar="DIR", help="where other projects' packers were installed (see below)")
     pack.add_argument("--material", metavar="DIR", help=MATERIAL_HELP)
     pack.add_argument("--quick", action="store_true", help="a few thousand documents: seconds, and no result")
-    pack.add_argument("--limit", type=float, default=180.0, help="seconds for one measurement (default: 180)")
+    pack.add_argument("--limit", type=float, default=300.0, help="seconds for one measurement (default: 300)")
     pack.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -407,11 +407,15 @@ def _cells(line: dict[str, Any], columns: tuple[str, ...], ours: float | None) -
         "lost": lambda: f"{line['lost_tokens']:,}" if line["lost_tokens"] is not None else "",
         "trained": lambda: f"{line['trained_tokens']:,} of {tokens:,}",
         "seconds": lambda: f"{line['seconds']:.3g} ({line['runs']})",
-        "ratio": lambda: f"{line['seconds'] / ours:,.3g} ×" if ours else "",
+        "ratio": lambda: _times(line["seconds"] / ours) if ours else "",
         "memory": lambda: _memory(line["peak_bytes"]),
         "overlap": lambda: f"{overlap:,} of {tokens:,} ({overlap / tokens:.2%})",
     }
     return [cells[column]() for column in columns]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f} ×" if ratio >= 100 else f"{ratio:.2g} ×"
 
 
 def _memory(peak_bytes: int | None) -> str:
