@@ -327,7 +327,10 @@ def _assignment(bench: Bench, work: str, name: str, lengths_N: packing_data.Leng
 
     lengths_P = cut(lengths_N, 2048, "split").length_P.astype("int64")
     found = Table(
-        work, f"Which goes where: {name}, rows of 2,048", ("rows", "seconds", "ratio"), lower_bound(lengths_P, 2048)
+        work,
+        f"Deciding what goes where: {name}, rows of 2,048",
+        ("rows", "seconds", "ratio"),
+        lower_bound(lengths_P, 2048),
     )
     common = {"peers": str(bench.peers), "lengths": bench.lengths_file(lengths_P), "capacity": 2048}
     ours = bench.run(OURS, "assign", peer=None, **common)

@@ -135,7 +135,7 @@ def plot(cases: Sequence[dict[str, Any]], file: Path) -> None:
     import numpy as np
 
     mpl.use("Agg")
-    mpl.rcParams.update({"svg.hashsalt": "trainkit", "font.size": 9})
+    mpl.rcParams.update({"svg.hashsalt": "trainkit", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot as plt
 
     from benchmarks.positions_training import ARMS, REFERENCE
@@ -149,9 +149,9 @@ def plot(cases: Sequence[dict[str, Any]], file: Path) -> None:
         for colour, (arm, points) in zip(COLOURS, curves.items(), strict=True):
             tokens, losses = points[..., 0].mean(axis=0) / 1e3, points[..., 1]
             apart = losses - curves[REFERENCE][..., 1]
-            dashed = "--" if arm == REFERENCE else "-"
-            above.plot(tokens, losses.mean(axis=0), dashed, color=colour, label=arm)
-            below.plot(tokens, apart.mean(axis=0), dashed, color=colour)
+            style = {"linestyle": (0, (2, 2)) if arm == REFERENCE else "-", "color": colour}  # two of them coincide
+            above.plot(tokens, losses.mean(axis=0), label=arm, **style)
+            below.plot(tokens, apart.mean(axis=0), **style)
             below.fill_between(tokens, apart.min(axis=0), apart.max(axis=0), color=colour, alpha=0.2, linewidth=0)
         above.set_title(found["case"], fontsize=9)
         below.set_xlabel("trained tokens, thousands")
