@@ -37,6 +37,7 @@ COMPARED_FIRST = 32
 COMPARED_IN_A_BLOCK = 1
 """How many examples of the first block, and of every other, are encoded both fast and by the reference."""
 NO_TOKENS = "no tokens"
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def encoded_blocks(source: Source, number: int, recognised: Recognised, bulk: Bu
 
 def canonical_json(value: object) -> bytes:
     """One text for equal values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+    return _CANONICAL(value).encode()
 
 
 def _encoded_block(block: Block, source: int, recognised: Recognised, bulk: BulkEncoder, compared: int) -> EncodedBlock:

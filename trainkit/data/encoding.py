@@ -136,6 +136,7 @@ class Encoder:
     @cached_property
     def tokenizer_json(self) -> str:
         """The engine of the tokenizer, as tokenizer.json describes it."""
+        unset(self.text_tokenizer)
         return str(self.text_tokenizer.to_str())
 
     @cached_property
@@ -154,6 +155,7 @@ class Encoder:
         the tokenizer does not give the text back; DataError when a text is not valid Unicode.
         """
         drafts = [self.draft(parsed, place) for parsed, place in examples]
+        unset(self.text_tokenizer)
         try:
             encodings = self.text_tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
         except (UnicodeEncodeError, TypeError) as error:
@@ -375,18 +377,33 @@ def show_tokens(
 
 
 def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer's engine that adds nothing, cuts nothing off, and whose offsets cover every character.
+    """The tokenizer's engine, set to cut nothing off and to pad nothing, with offsets that cover every character.
 
-    A copy, because padding and truncation are states of the engine that others change; without post-processor, because
-    some (ByteLevel, Roberta) leave a token's leading space out of its offsets.
+    It is the tokenizer's own where that will do: a copy takes half a second. Some post-processors (ByteLevel, Roberta)
+    leave a token's leading space out of its offsets; of those there is a copy without.
     """
     from tokenizers import Tokenizer, processors
 
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    copy.no_truncation()
-    copy.no_padding()
+    engine: Tokenizer = tokenizer.backend_tokenizer
+    unset(engine)
+    if engine.post_processor is None or not _trims_offsets(json.loads(engine.post_processor.__getstate__())):
+        return engine
+    copy: Tokenizer = Tokenizer.from_str(engine.to_str())
     copy.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     return copy
+
+
+def unset(engine: Tokenizer) -> None:
+    """Take truncation and padding off: states of an engine that whoever shares it may have left there."""
+    engine.no_truncation()
+    engine.no_padding()
+
+
+def _trims_offsets(described: Any) -> bool:
+    """Whether a post-processor, or a part of one, changes offsets."""
+    if isinstance(described, dict):
+        return bool(described.get("trim_offsets")) or any(map(_trims_offsets, described.get("processors", ())))
+    return False
 
 
 def _ids_before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

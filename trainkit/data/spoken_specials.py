@@ -70,6 +70,8 @@ class SpecialTokens:
 
     def tokens(self, text: str, spoken: Sequence[Span]) -> Tokens:
         """``text`` as ids, with the first and last character (exclusive) of each; what is ``spoken`` becomes words."""
+        self._engine.no_truncation()
+        self._engine.no_padding()
         if not spoken:
             encoding = self._engine.encode(text, add_special_tokens=False)
             offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)

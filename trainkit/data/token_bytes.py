@@ -48,13 +48,26 @@ class GigatokenEngine:
         self._engine = Gigatoken.from_json(described)
 
     def ids(self, texts: Sequence[bytes]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-        """See :class:`Engine`."""
-        import awkward
+        """See :class:`Engine`.
 
-        found = awkward.to_packed(self._engine.encode_batch(list(texts)))
-        counts_N = awkward.to_numpy(awkward.num(found)).astype(np.int64)
-        ids_K: NDArray[np.integer] = awkward.to_numpy(awkward.flatten(found))
-        return ids_K, np.concatenate(([0], np.cumsum(counts_N)))
+        The library gives either its own kind of array, whose package takes a fifth of a second to import, or padded
+        matrices. These are taken, of texts of about the same length, so that little is padding.
+        """
+        sizes_N = np.fromiter(map(len, texts), np.int64, len(texts))
+        counts_N = np.zeros(sizes_N.size, np.int64)
+        parts: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
+        doublings_N = np.frexp(sizes_N)[1]
+        for doubling in np.unique(doublings_N).tolist():
+            numbers = np.flatnonzero(doublings_N == doubling)
+            padded, counts = self._engine.encode_batch_padded([texts[number] for number in numbers.tolist()], pad_id=0)
+            counts_N[numbers] = counts
+            parts.append((numbers, padded[np.arange(padded.shape[1]) < counts[:, None]]))
+        offsets_N = np.concatenate(([0], np.cumsum(counts_N)))
+        ids_K = np.empty(int(offsets_N[-1]), np.int32)
+        for numbers, flat in parts:
+            counts = counts_N[numbers]
+            ids_K[np.arange(flat.size) + np.repeat(offsets_N[numbers] - (np.cumsum(counts) - counts), counts)] = flat
+        return ids_K, offsets_N
 
 
 class TokenizersEngine:
@@ -116,17 +129,18 @@ class TokenBytes:
         else:
             return None
         id_of = tokenizer.get_vocab(with_added_tokens=True)
-        size = max(id_of.values(), default=-1) + 1
-        texts = [""] * size
+        texts = [""] * (max(id_of.values(), default=-1) + 1)
         for text, number in id_of.items():
             texts[number] = text
         added = {number: token.content.encode() for number, token in tokenizer.get_added_tokens_decoder().items()}
-        spelled = spell(texts)
-        for number, content in added.items():
-            spelled[number] = content
-        lengths_V = np.fromiter(map(len, spelled), np.int32, size)
+        for number in added:
+            texts[number] = ""
+        blob, lengths_V = spell(texts)
         begins_V = np.cumsum(lengths_V, dtype=np.int64) - lengths_V
-        return cls(np.frombuffer(b"".join(spelled), np.uint8), begins_V, lengths_V, "ByteLevel" not in kinds)
+        for number, content in added.items():
+            begins_V[number], lengths_V[number] = len(blob), len(content)
+            blob += content
+        return cls(np.frombuffer(bytes(blob), np.uint8), begins_V, lengths_V, "ByteLevel" not in kinds)
 
     def spell(self, ids_K: NDArray[np.integer]) -> bytes:
         """The bytes of tokens, end to end; works on a part at a time, so that memory holds little else."""
@@ -187,21 +201,23 @@ def _kinds(described: Any) -> set[str]:
     return {described.get("type", "")}.union(*(_kinds(part) for part in described.get("decoders", ())))
 
 
-def _spelled_by_byte_level(texts: list[str]) -> list[bytes]:
-    """GPT-2's alphabet (openai/gpt-2, encoder.py): printable bytes stand for themselves, others from U+0100 on."""
+def _spelled_by_byte_level(texts: list[str]) -> tuple[bytearray, NDArray[np.int32]]:
+    """The bytes of all tokens end to end, and how many each has, one for each letter of its text.
+
+    GPT-2's alphabet (openai/gpt-2, encoder.py): printable bytes stand for themselves, the others for U+0100 onwards.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
-    translate = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
-    # One pass over all of them: U+0100 and above that are no letters stay, and fail to encode below.
-    joined = "\ue000".join(texts).translate(translate)
-    return [part.encode("latin-1", "replace") for part in joined.split("\ue000")]
+    letters = str.maketrans("".join(chr(256 + at) for at in range(len(others))), "".join(map(chr, others)))
+    # What is no letter of the alphabet becomes a question mark, which no text is taken for by mistake: it is compared.
+    blob = bytearray("".join(texts).translate(letters).encode("latin-1", "replace"))
+    return blob, np.fromiter(map(len, texts), np.int32, len(texts))
 
 
-def _spelled_by_sentencepiece(texts: list[str]) -> list[bytes]:
-    """``▁`` is a space, ``<0x0A>`` a byte."""
+def _spelled_by_sentencepiece(texts: list[str]) -> tuple[bytearray, NDArray[np.int32]]:
+    """The same where ``▁`` is a space and ``<0x0A>`` a byte."""
     spelled = [text.replace("▁", " ").encode() for text in texts]
     for number, text in enumerate(texts):
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             spelled[number] = bytes([int(text[3:5], 16)])
-    return spelled
+    return bytearray(b"".join(spelled)), np.fromiter(map(len, spelled), np.int32, len(spelled))
