@@ -68,6 +68,7 @@ _SHAREGPT_ROLES: dict[str, Role] = {
 }
 _WEIGHT_KEYS = ("loss_weight", "weight", "train")
 _SAID = {"tool_calls", "reasoning_content"}  # what an assistant message without content may consist of
+_SAYS_ALL = frozenset({"role", "content", "from", "value"})  # of most messages these are the only keys
 _OTHER_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
@@ -307,6 +308,8 @@ def _missing(place: str, turn: dict[str, Any], key: str) -> NoReturn:
 
 def _extras(place: str, turn: dict[str, Any]) -> dict[str, Any]:
     """Whatever else a message holds, for the chat template; function calls in one structure, none left empty."""
+    if turn.keys() <= _SAYS_ALL:
+        return {}
     known = {"role", "content", "from", "value", *_WEIGHT_KEYS}
     extras = {key: value for key, value in turn.items() if key not in known and value is not None}
     calls = extras.pop("tool_calls", None) or extras.pop("function_call", None)
@@ -316,6 +319,8 @@ def _extras(place: str, turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trained(place: str, turn: dict[str, Any]) -> bool | None:
+    if turn.keys() <= _SAYS_ALL:
+        return None
     said = {key: turn[key] for key in _WEIGHT_KEYS if turn.get(key) is not None}
     for key, weight in said.items():
         if isinstance(weight, str) or weight not in (0, 1):

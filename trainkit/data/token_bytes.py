@@ -50,16 +50,20 @@ class GigatokenEngine:
     def ids(self, texts: Sequence[bytes]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
         """See :class:`Engine`.
 
-        The library gives either its own kind of array, whose package takes a fifth of a second to import, or padded
-        matrices. These are taken, of texts of about the same length, so that little is padding.
+        The library gives either arrays of a package that takes a fifth of a second to import, or padded matrices. These
+        are taken, of texts of about the same length, so that little is padding; and with a source of bytes, because it
+        asks of lists whether they are such arrays.
         """
+        from gigatoken.gigatoken_rs import BytesSource
+
         sizes_N = np.fromiter(map(len, texts), np.int64, len(texts))
         counts_N = np.zeros(sizes_N.size, np.int64)
         parts: list[tuple[NDArray[np.int64], NDArray[np.uint32]]] = []
         doublings_N = np.frexp(sizes_N)[1]
-        for doubling in np.unique(doublings_N).tolist():
-            numbers = np.flatnonzero(doublings_N == doubling)
-            padded, counts = self._engine.encode_batch_padded([texts[number] for number in numbers.tolist()], pad_id=0)
+        for doubling in np.unique(doublings_N[sizes_N > 0]).tolist():
+            numbers = np.flatnonzero((doublings_N == doubling) & (sizes_N > 0))
+            source = BytesSource([texts[number] for number in numbers.tolist()])
+            padded, counts = self._engine.encode_batch_padded(source, pad_id=0)
             counts_N[numbers] = counts
             parts.append((numbers, padded[np.arange(padded.shape[1]) < counts[:, None]]))
         offsets_N = np.concatenate(([0], np.cumsum(counts_N)))
