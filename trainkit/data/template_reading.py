@@ -24,7 +24,12 @@ _TYPE_TESTS = frozenset(
     {"defined", "undefined", "none", "string", "mapping", "sequence", "iterable", "number", "boolean"}
 )
 _METHODS = frozenset({*dir(dict), *dir(list), *dir(str)})
-_NEIGHBOURS = frozenset({"previtem", "nextitem", "changed"})
+_COUNTERS = frozenset(
+    {"index", "index0", "revindex", "revindex0", "first", "last", "length", "depth", "depth0", "cycle"}
+)
+"""What may be asked of ``loop``. The rest of it holds the items of the loop, which may be messages."""
+_MARKUP = frozenset({"safe", "e", "escape", "forceescape"})
+"""Filters whose result escapes whatever is added to it (``markupsafe.Markup``)."""
 _ROUNDS = 8  # of learning what names hold; more than any template needs, and each can only add names
 
 
@@ -42,23 +47,57 @@ def only_places_texts(tree: nodes.Template) -> bool:
     >>> only_places_texts(parse("{% for m in messages %}{% if 'x' in m.content %}y{% endif %}{% endfor %}"))
     False
     """
+    if not (_asks_loops_for_counts_alone(tree) and _raises_where_it_says_so(tree) and _adds_texts_as_they_are(tree)):
+        return False
     reading = _Reading()
     try:
         for _ in range(_ROUNDS):
-            known = dict(reading.kinds)
+            known = dict(reading.kinds), set(reading.mixed)
             reading.statements(tree.body)
-            if reading.kinds == known:
+            if (reading.kinds, reading.mixed) == known:
                 return True
     except _LooksIntoTextsError:
         return False
     return False
 
 
+def _asks_loops_for_counts_alone(tree: nodes.Template) -> bool:
+    """Whether every ``loop`` stands before one of its counters: other uses of it may lead to its items."""
+    from jinja2 import nodes
+
+    met = sum(one.name == "loop" for one in tree.find_all(nodes.Name))
+    for part in tree.find_all((nodes.Getattr, nodes.Getitem)):
+        if isinstance(part.node, nodes.Name) and part.node.name == "loop":
+            asked = part.attr if isinstance(part, nodes.Getattr) else getattr(part.arg, "value", None)
+            met -= asked in _COUNTERS
+    return met == 0
+
+
+def _raises_where_it_says_so(tree: nodes.Template) -> bool:
+    """Whether ``raise_exception`` is what it is called, and no name of the template's own."""
+    from jinja2 import nodes
+
+    given = [one.name for one in tree.find_all(nodes.Name) if one.ctx != "load"]
+    return "raise_exception" not in [*given, *(one.name for one in tree.find_all(nodes.Macro))]
+
+
+def _adds_texts_as_they_are(tree: nodes.Template) -> bool:
+    """Whether no part is markup, which escapes the texts that are added to it."""
+    from jinja2 import nodes
+
+    for one in tree.find_all(nodes.Filter):
+        applied = [getattr(argument, "value", None) for argument in one.args[:1]] if one.name == "map" else []
+        if one.name in _MARKUP or not _MARKUP.isdisjoint(applied) or None in applied:
+            return False
+    return next(tree.find_all((nodes.EvalContextModifier, nodes.ScopedEvalContextModifier)), None) is None
+
+
 class _Reading:
-    """One reading of a template; ``kinds`` is what names hold."""
+    """One reading of a template; ``kinds`` is what names hold, ``mixed`` are names that may hold something else too."""
 
     def __init__(self) -> None:
         self.kinds: dict[str, Kind] = {"messages": "messages"}
+        self.mixed: set[str] = set()
 
     def statements(self, body: Iterable[nodes.Node]) -> None:
         """Read statements in order."""
@@ -78,7 +117,10 @@ class _Reading:
                     self._assigned(node)
                 case nodes.ExprStmt():
                     self.kind(node.node)
-                case nodes.Macro() | nodes.AssignBlock() | nodes.FilterBlock() | nodes.CallBlock():
+                case nodes.AssignBlock():
+                    self._without_texts(node)
+                    self._may_hold_others(node.target)
+                case nodes.Macro() | nodes.FilterBlock() | nodes.CallBlock():
                     self._without_texts(node)
                 case _:
                     raise _LooksIntoTextsError
@@ -98,10 +140,37 @@ class _Reading:
         if isinstance(test, nodes.Not):
             inner = self._decided(test.node)
             return None if inner is None else not inner
-        if isinstance(test, nodes.Test) and test.name == "string" and self.kind(test.node) in {"text", "joined"}:
+        if isinstance(test, nodes.Test) and test.name == "string" and self._is_text_of_a_message(test.node):
             return True
         self._truth(test)
         return None
+
+    def _is_text_of_a_message(self, node: nodes.Node) -> bool:
+        """Whether an expression is the text of a message, or raises; a name may be undefined instead."""
+        from jinja2 import nodes
+
+        return isinstance(node, nodes.Getattr | nodes.Getitem) and self.kind(node) == "text" and self._is_sure(node)
+
+    def _is_sure(self, node: nodes.Node) -> bool:
+        """Whether an expression holds what it may hold, if anything."""
+        from jinja2 import nodes
+
+        match node:
+            case nodes.Name():
+                return node.name not in self.mixed
+            case nodes.Getattr() | nodes.Getitem():
+                return self._is_sure(node.node)
+            case nodes.Filter():
+                return node.node is not None and self._is_sure(node.node)
+            case _:
+                return False
+
+    def _may_hold_others(self, target: nodes.Node) -> None:
+        """The names of a target may hold something that is none of what is known of them."""
+        from jinja2 import nodes
+
+        named = [target] if isinstance(target, nodes.Name) else target.find_all(nodes.Name)
+        self.mixed.update(one.name for one in named)
 
     def _loop(self, node: nodes.For) -> None:
         from jinja2 import nodes
@@ -112,6 +181,8 @@ class _Reading:
             if not isinstance(node.target, nodes.Name):
                 raise _LooksIntoTextsError
             self._holds(node.target.name, "message")
+        if kind is None or not self._is_sure(node.iter):
+            self._may_hold_others(node.target)
         if node.test is not None:
             self._truth(node.test)
         self.statements(node.body)
@@ -121,6 +192,8 @@ class _Reading:
         from jinja2 import nodes
 
         kind = self.kind(node.node)
+        if kind is None or not self._is_sure(node.node):
+            self._may_hold_others(node.target)
         if isinstance(node.target, nodes.Name):
             self._holds(node.target.name, kind)
         else:
@@ -196,14 +269,10 @@ class _Reading:
                 raise _LooksIntoTextsError
 
     def _part(self, whole: nodes.Node, name: str) -> Kind:
-        from jinja2 import nodes
-
         kind = self.kind(whole)
         if kind == "message" and name == "content":
             return "text"
         if kind is not None and (kind != "message" or name in _METHODS):
-            raise _LooksIntoTextsError
-        if isinstance(whole, nodes.Name) and whole.name == "loop" and name in _NEIGHBOURS:
             raise _LooksIntoTextsError
         return None
 
@@ -239,7 +308,7 @@ class _Reading:
             return "message"
         if kind == "messages" and node.name == "list":
             return kind
-        if (kind == "text" and node.name == "trim" and not node.args) or (
+        if (kind == "text" and node.name == "trim" and not node.args and not node.kwargs) or (
             kind in {"text", "joined"} and node.name == "string"
         ):
             return kind
@@ -248,7 +317,7 @@ class _Reading:
     def _tested(self, node: nodes.Test) -> Kind:
         if self.kind(node.node) is not None and node.name not in _TYPE_TESTS:
             raise _LooksIntoTextsError
-        if any(self.kind(one) is not None for one in node.args):
+        if any(self.kind(one) is not None for one in (*node.args, *node.kwargs)) or node.dyn_args or node.dyn_kwargs:
             raise _LooksIntoTextsError
         return None
 
