@@ -282,6 +282,23 @@ def test_canonical_composition_and_prefix_spaces_are_no_loss(tiny_tokenizer: Pre
     encoder_of(spaced).encode(conversation, PLACE)
 
 
+def test_a_decoder_that_takes_the_first_space_for_its_own_loses_nothing(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    from tokenizers import decoders
+
+    stripping = engine(tiny_tokenizer)
+    stripping.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for text in (" the fox", "  the fox"):
+        encoded = encoder_of(stripping).encode(PlainText(text), PLACE)
+        assert tiny_tokenizer.decode(encoded.ids[:-1].tolist()) == text
+    with pytest.raises(ModelError, match="the tokenizer loses ' '"):
+        stripping.backend_tokenizer.decoder = decoders.Sequence(
+            [decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 2, 0)]
+        )
+        encoder_of(stripping).encode(PlainText("  the fox"), PLACE)
+
+
 def test_a_lost_space_is_a_loss(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     from tokenizers import Regex, normalizers
 

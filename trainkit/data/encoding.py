@@ -333,11 +333,16 @@ class _AddedTokens:
         """Whether ``decoded`` is ``text`` but for what tokenizers are documented to do.
 
         That is: canonical composition (NFC), a space that is put before the text or between an added token and what
-        follows it, and white space that an added token swallows (its ``lstrip`` and ``rstrip``).
+        follows it, the first space of a text, which decoders of SentencePiece vocabularies take for one that was put
+        there, and white space that an added token swallows (its ``lstrip`` and ``rstrip``).
         """
         text, decoded = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", decoded)
         if self._swallow is not None:
             text, decoded = (self._swallow.sub(lambda match: match[0].strip(), one) for one in (text, decoded))
+        return self._follow(text, decoded) or (text.startswith(" ") and self._follow(text[1:], decoded))
+
+    def _follow(self, text: str, decoded: str) -> bool:
+        """Whether the parts of ``text`` make up ``decoded``, with at most a space before each."""
         at = 0
         for part in self._parts(text):
             if not decoded.startswith(part, at) and decoded.startswith(" ", at):
