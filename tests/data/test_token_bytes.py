@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from trainkit.data import token_bytes
 from trainkit.data.encoding import text_tokenizer
@@ -119,3 +119,14 @@ def test_a_tokenizer_that_gigatoken_refuses(material: Path) -> None:
     assert found.name == "tokenizers"
     assert why is not None
     assert why.startswith("gigatoken does not know this tokenizer")
+
+
+def test_added_tokens_that_are_none_inside_words(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    engine = text_tokenizer(tiny_tokenizer)
+    engine.add_tokens([AddedToken("<w>", single_word=True)])
+    found, why = find_engine(engine, engine.to_str())
+    assert found.name == "tokenizers"
+    assert why == "gigatoken finds added tokens inside words, where this tokenizer does not"
+    inside, alone = (found.ids([text])[0].tolist() for text in (b"fox<w>fox", b"fox <w> fox"))
+    assert engine.token_to_id("<w>") not in inside
+    assert engine.token_to_id("<w>") in alone
