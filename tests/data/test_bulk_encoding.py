@@ -118,6 +118,9 @@ ODD: list[ParsedExample] = [
     PromptCompletion("the quick", " brown fox"),
     PromptCompletion("the qui", "ck brown fox"),
     PromptCompletion("", "the"),
+    PromptCompletion("what is ", "the"),
+    PromptCompletion("the qui", "ck"),
+    PromptCompletion("e", "\u0301"),
 ]
 
 
@@ -130,6 +133,65 @@ def test_odd_examples_are_encoded_as_by_the_reference(
     plain = [one for one in ODD if not (isinstance(one, Conversation) and any(m.extras for m in one.messages))]
     assert 0 < assert_as_reference(encoder, plain) < len(plain)
     assert assert_as_reference(encoder, plain[:1]) == 0
+
+
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+def test_a_turn_that_ends_within_the_last_token(tiny_tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} t{% if loop.last %}he{% endif %}{% endfor %}"
+    examples: list[ParsedExample] = [chat("what", "is it"), chat("what", "is"), chat("the", "the")]
+    assert_as_reference(encoder_of(tokenizer, train_on=train_on), examples)
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("separator", ["eos", "none"])
+def test_tokenizers_that_write_a_space_as_a_letter(scheme: str, separator: str) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    strip = [] if scheme == "never" else [decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    words = ["the quick brown fox jumps over the lazy dog, and what is it then?"] * 4
+    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "</s>"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    examples: list[ParsedExample] = [
+        PlainText("the fox"),
+        PlainText(" the fox"),
+        PlainText("  the  fox  "),
+        PromptCompletion("what is ", "the"),
+        PromptCompletion("what is", " the"),
+        PromptCompletion(" ", "the"),
+        chat("what is it", " the dog"),
+        chat(" what", "the "),
+    ]
+    assert assert_as_reference(encoder_of(tokenizer, separator=separator), examples) < len(examples)
+
+
+@pytest.mark.parametrize(
+    ("added", "examples"),
+    [
+        (("<|end|>x", False), [chat("say <|user|>", "no", "x is it", "y")]),
+        (("<w>", True), [chat("say <w> and", "end")]),
+    ],
+)
+def test_a_special_token_said_where_one_of_the_template_is_lost(
+    tiny_tokenizer: PreTrainedTokenizerBase, added: tuple[str, bool], examples: list[ParsedExample]
+) -> None:
+    """As many special tokens as the template wrote, and one of them said by a message."""
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    content, single_word = added
+    tokenizer.add_tokens([AddedToken(content, single_word=single_word, special=single_word)])
+    end = content if single_word else "<|end|>"
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m.content }}}}{end}{{% endfor %}}"
+    encoder = encoder_of(tokenizer)
+    assert not encoder.special.always_found
+    assert encoder_of(tiny_tokenizer).special.always_found
+    assert assert_as_reference(encoder, examples) == len(examples)
 
 
 def test_a_tokenizer_that_begins_texts_with_bos(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

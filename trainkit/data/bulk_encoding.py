@@ -143,7 +143,7 @@ class BulkEncoder:
             return _nothing()
         tokenized = tokenize(self._engine, self._table, encoded)
         spans = _Spans.of(texts, encoded)
-        spans.locate(tokenized)
+        spans.locate(tokenized, encoded, texts)
         sound_N = tokenized.spelled_N & spans.aligned(len(encoded)) & self._has_its_specials(texts, tokenized)
         return self._assembled(texts, encoded, tokenized, spans, sound_N)
 
@@ -153,6 +153,8 @@ class BulkEncoder:
         for number, (parsed, _) in enumerate(examples):
             turns, specials, is_chat = 0, -1, False
             if isinstance(parsed, Conversation):
+                if not self._encoder.special.always_found:
+                    continue  # counting them would not tell what the messages say
                 try:
                     placed = self._shapes.place(parsed)
                 except TemplateProblem:
@@ -228,8 +230,7 @@ class BulkEncoder:
         """Whether no end-of-sequence token stands before the trailing white space of a text."""
         if self._encoder.separator is None or not texts.texts:
             return np.zeros(len(texts.texts), np.bool_)
-        trailing = [len(text[len(text.rstrip()) :].encode()) for text in texts.texts]
-        written_N = np.fromiter(map(len, encoded), np.int64, len(encoded)) - np.array(trailing, np.int64)
+        written_N = np.fromiter(map(len, encoded), np.int64, len(encoded)) - _trailing_bytes(texts.texts)
         last_N = _tokens_before(tokenized, np.arange(written_N.size), written_N) - 1
         ended_N = last_N >= tokenized.offsets_N[:-1]
         ended_N[ended_N] = np.isin(tokenized.ids_K[last_N[ended_N]], sorted(self._encoder.document_ends))
@@ -327,15 +328,24 @@ class _Spans:
         none_S = np.zeros(document_S.size, np.int64)
         return cls(document_S, edges_S[:, 0], edges_S[:, 1], none_S, none_S, none_S > 0)
 
-    def locate(self, tokenized: TokenizedTexts) -> None:
-        """Find the tokens of every span, and whether tokens begin and end where it does."""
+    def locate(self, tokenized: TokenizedTexts, encoded: Sequence[bytes], texts: _Texts) -> None:
+        """Find the tokens of every span, and whether tokens begin and end where it does.
+
+        White space behind the last span of a document may be in its last token: the reference trains that too.
+        """
         self.first_S = _tokens_before(tokenized, self.document_S, self.begin_S)
         self.last_S = _tokens_before(tokenized, self.document_S, self.end_S)
         until_S = tokenized.offsets_N[self.document_S + 1]
         starts_K = np.append(tokenized.starts_K, 0)
-        # Behind its last token a document ends, and so does every span that reaches it.
-        begins_S = (self.first_S == until_S) | (starts_K[self.first_S] == self.begin_S)
-        ends_S = (self.last_S == until_S) | (starts_K[self.last_S] == self.end_S)
+        length_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        written_N = length_N - _trailing_bytes(texts.texts)
+        # Behind its last token there is only the end of the document: what begins or ends before that is in the token.
+        begins_S = np.where(
+            self.first_S == until_S, self.begin_S == length_N[self.document_S], starts_K[self.first_S] == self.begin_S
+        )
+        ends_S = np.where(
+            self.last_S == until_S, self.end_S >= written_N[self.document_S], starts_K[self.last_S] == self.end_S
+        )
         self.aligned_S = begins_S & ends_S
 
     def aligned(self, documents: int) -> Bool:
@@ -343,6 +353,11 @@ class _Spans:
         aligned_N = np.ones(documents, np.bool_)
         aligned_N[self.document_S[~self.aligned_S]] = False
         return aligned_N
+
+
+def _trailing_bytes(texts: Sequence[str]) -> Int64:
+    """How many bytes of white space stand at the end of each text."""
+    return np.array([len(text[len(text.rstrip()) :].encode()) for text in texts], np.int64)
 
 
 def _tokens_before(tokenized: TokenizedTexts, document_S: Int64, byte_S: Int64) -> Int64:

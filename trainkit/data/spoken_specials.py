@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from trainkit.data.chat_templates import TemplateProblem
 from trainkit.data.turns import place_of, strings_in, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Sequence, Set
 
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
@@ -47,8 +48,21 @@ class SpecialTokens:
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._id_of = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         self._takes_space = {token.content: (token.lstrip, token.rstrip) for token in special}
+        self._added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content]
+        self._inside_words = all(not token.single_word for token in special)
         self._engine = engine
         self._engines_of_words: tuple[Tokenizer, Tokenizer] | None = None
+
+    @cached_property
+    def always_found(self) -> bool:
+        """Whether a special token is one wherever its text stands, whatever stands beside it.
+
+        Not so if it has to be a word of its own, or if another added token holds its text or may run into it. Where it
+        is so, a text has as many special tokens as were written into it on purpose only if it says none besides.
+        """
+        specials = set(self._takes_space)
+        beginnings = {one[:end] for one in specials for end in range(1, len(one))}
+        return self._inside_words and not any(_gets_in_the_way(one, specials, beginnings) for one in self._added)
 
     def count(self, text: str) -> int:
         """How many special tokens stand in a text."""
@@ -152,6 +166,13 @@ class SpecialTokens:
             self._engines_of_words = _engines_of_words(self._engine)
         encoding = self._engines_of_words[not begins].encode(text, add_special_tokens=False)
         yield from zip(encoding.ids, encoding.offsets, strict=True)
+
+
+def _gets_in_the_way(token: str, specials: Set[str], beginnings: Set[str]) -> bool:
+    """Whether an added token holds a special token, or ends as one begins."""
+    size = len(token)
+    parts = (token[begin:end] for begin in range(size) for end in range(begin + 1, size + 1) if end - begin < size)
+    return any(part in specials for part in parts) or any(token[begin:] in beginnings for begin in range(1, size))
 
 
 def _engines_of_words(engine: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
