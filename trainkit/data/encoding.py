@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from trainkit.recipe.schema import Data, Packing
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 """Part of every fingerprint: raise it when the same example would get other tokens or another mask."""
 _MADE_OF_BYTES = "\ufffd"
 
