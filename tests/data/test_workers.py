@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -62,6 +63,24 @@ def test_items_are_taken_as_they_are_needed() -> None:
     assert taken < 20
     assert isinstance(results, Generator)
     results.close()
+
+
+def say_and_sleep(number: int) -> int:
+    if number:
+        time.sleep(60)
+    return number
+
+
+def test_who_stops_early_does_not_wait_for_what_is_under_way() -> None:
+    results = in_order(say_and_sleep, range(20), 2)
+    assert next(results) == 0
+    workers = [process.pid for process in multiprocessing.active_children()]
+    assert workers
+    begun = time.monotonic()
+    assert isinstance(results, Generator)
+    results.close()
+    assert time.monotonic() - begun < 30
+    assert not [worker for worker in workers if worker and is_running(worker)]
 
 
 def die(number: int) -> int:

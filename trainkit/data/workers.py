@@ -78,8 +78,14 @@ def _pool(function: Callable[[Any], Any], workers: int) -> Iterator[ProcessPoolE
         initializer=_begin,
         initargs=(function, os.getpid()),
     )
+    others = set(multiprocessing.active_children())
     try:
         yield pool
+    except BaseException:
+        # Nobody waits for what they are at, and that may take minutes.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
