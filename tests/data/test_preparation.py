@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
 
 from trainkit.data import preparation
 from trainkit.data.conversations import Conversation, Message, ParsedExample, PlainText, PromptCompletion
 from trainkit.data.packed_store import PackedRows
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.row_plan import NO_TARGET
+from trainkit.data.token_bytes import NOTHING_FAST, FastTokens
 from trainkit.data.sealed_folder import StoreUnusable
 from trainkit.errors import DataError, MachineError
 from trainkit.recipe.schema import Data, Evaluation, Model, Packing, Recipe, Source, Training
@@ -55,9 +55,9 @@ class LetterEncoder:
         return self
 
     @property
-    def text_tokenizer(self) -> Tokenizer:
-        """Nothing that tokens could be spelled by, so that every example comes here."""
-        return Tokenizer(models.BPE())
+    def fast(self) -> FastTokens:
+        """Nothing, so that every example comes here."""
+        return NOTHING_FAST
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join(map(chr, ids))

@@ -20,7 +20,7 @@ import numpy as np
 from trainkit.data.chat_shapes import ChatShapes
 from trainkit.data.chat_templates import TemplateProblem
 from trainkit.data.conversations import Conversation, PromptCompletion
-from trainkit.data.token_bytes import TokenBytes, find_engine, tokenize
+from trainkit.data.token_bytes import NOTHING_FAST, tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from trainkit.data.conversations import ParsedExample
     from trainkit.data.encoding import Encoded, Encoder
-    from trainkit.data.token_bytes import Engine, TokenizedTexts
+    from trainkit.data.token_bytes import TokenizedTexts
 
     Int64 = NDArray[np.int64]
     Bool = NDArray[np.bool_]
@@ -92,11 +92,8 @@ class BulkEncoder:
 
     def __init__(self, encoder: Encoder, *, trusted: bool = True) -> None:
         self._encoder = encoder
-        self._table = TokenBytes.of(encoder.text_tokenizer) if trusted else None
-        self._engine: Engine | None = None
-        self.slow_reason: str | None = "its tokens are no strings of bytes, so each example is encoded by itself"
-        if self._table is not None:
-            self._engine, self.slow_reason = find_engine(encoder.text_tokenizer, encoder.tokenizer_json)
+        fast = encoder.fast if trusted else NOTHING_FAST
+        self._engine, self._table, self.slow_reason = fast.engine, fast.table, fast.slow_reason
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

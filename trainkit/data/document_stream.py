@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainkit.data.bulk_encoding import BulkEncoder
     from trainkit.data.conversations import ParsedExample
     from trainkit.data.formats import Recognised
-    from trainkit.data.sources import Block, Example
+    from trainkit.data.sources import Block
     from trainkit.recipe.schema import Source
 
 LOOKED_AT = 100
@@ -112,7 +112,7 @@ def _encoded_block(block: Block, source: int, recognised: Recognised, bulk: Bulk
         has_prompt_N=np.array([_has_prompt(kept[index][0]) for index in filled], np.bool_),
         source=source,
         examples_N=np.array([numbers[index] for index in filled], np.int64),
-        digests_N=np.array([_digest(examples[numbers[index]]) for index in filled], np.uint64),
+        digests_N=np.array([_digest(kept[index][0]) for index in filled], np.uint64),
         places=[kept[index][1] for index in filled],
     )
     return EncodedBlock(
@@ -126,8 +126,19 @@ def _encoded_block(block: Block, source: int, recognised: Recognised, bulk: Bulk
     )
 
 
-def _digest(example: Example) -> int:
-    return int.from_bytes(hashlib.sha256(canonical_json(example.record)).digest()[:8], "little")
+def _digest(parsed: ParsedExample) -> int:
+    """A number that equal examples share, whatever else their records hold."""
+    # No text holds a NUL, so that only equal parts make equal texts.
+    if isinstance(parsed, Conversation):
+        parts = [part for message in parsed.messages for part in (message.role, str(message.trained), message.content)]
+        parts += [_CANONICAL(dict(message.extras)) for message in parsed.messages if message.extras]
+        parts += [] if parsed.tools is None else [_CANONICAL(parsed.tools)]
+    elif isinstance(parsed, PromptCompletion):
+        parts = [parsed.prompt, parsed.completion]
+    else:
+        parts = [parsed.text]
+    said = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(said).digest()[:8], "little")
 
 
 def _has_prompt(example: ParsedExample) -> bool:

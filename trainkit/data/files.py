@@ -237,15 +237,24 @@ class LinesBlock:
 
     def records(self) -> Iterator[tuple[str, object]]:
         """(place, record) of every line that is not blank. Raises DataError."""
-        offset = self.first_byte
-        for number, data in enumerate(io.BytesIO(self.data), start=self.first_line):
-            line = _decode(data, self.name, number, offset)
-            offset += len(data)
-            if number == 1:
-                line = line.removeprefix("\ufeff")
+        for number, line in self._lines():
             if line.strip(" \t\r\n"):
                 place = f"{self.name}:{number}"
                 yield place, _record_of_line(line, place)
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """(number, text with its newline) of every line. What does not decode is found when its line comes."""
+        try:
+            text = _decode(self.data, self.name, self.first_line, self.first_byte)
+        except DataError:
+            offset = self.first_byte
+            for number, data in enumerate(io.BytesIO(self.data), start=self.first_line):
+                yield number, _decode(data, self.name, number, offset)
+                offset += len(data)
+            return
+        if self.first_byte == 0:
+            text = text.removeprefix("\ufeff")
+        yield from enumerate(io.StringIO(text, newline="\n"), start=self.first_line)
 
 
 def _jsonl_blocks(file: IO[bytes], name: str) -> Iterator[LinesBlock]:

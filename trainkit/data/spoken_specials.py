@@ -22,7 +22,8 @@ from trainkit.data.chat_templates import TemplateProblem
 from trainkit.data.turns import place_of, strings_in, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence, Set
+    from collections.abc import Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
@@ -168,7 +169,7 @@ class SpecialTokens:
         yield from zip(encoding.ids, encoding.offsets, strict=True)
 
 
-def _gets_in_the_way(token: str, specials: Set[str], beginnings: Set[str]) -> bool:
+def _gets_in_the_way(token: str, specials: AbstractSet[str], beginnings: AbstractSet[str]) -> bool:
     """Whether an added token holds a special token, or ends as one begins."""
     size = len(token)
     parts = (token[begin:end] for begin in range(size) for end in range(begin + 1, size + 1) if end - begin < size)

@@ -66,7 +66,8 @@ def _asks_loops_for_counts_alone(tree: nodes.Template) -> bool:
     from jinja2 import nodes
 
     met = sum(one.name == "loop" for one in tree.find_all(nodes.Name))
-    for part in tree.find_all((nodes.Getattr, nodes.Getitem)):
+    parts: list[nodes.Getattr | nodes.Getitem] = [*tree.find_all(nodes.Getattr), *tree.find_all(nodes.Getitem)]
+    for part in parts:
         if isinstance(part.node, nodes.Name) and part.node.name == "loop":
             asked = part.attr if isinstance(part, nodes.Getattr) else getattr(part.arg, "value", None)
             met -= asked in _COUNTERS
