@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from trainkit.data import bulk_encoding
 from trainkit.data.bulk_encoding import BulkEncoder, EncodedDocuments, EnginesDiffer
 from trainkit.data.conversations import (
     Conversation,
@@ -318,6 +319,40 @@ def test_an_engine_that_errs_is_found_out(
     monkeypatch.setattr(bulk, "_engine", engine)
     with pytest.raises(EnginesDiffer, match=r"x\.jsonl:2"):
         bulk.encode(asked, [1])
+
+
+def test_of_a_long_text_a_part_is_compared(
+    tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_encoding, "COMPARED_CHARACTERS", 24)
+    encoder = encoder_of(tiny_tokenizer)
+    fox = "the quick brown fox "
+    asked = placed(
+        [
+            PlainText(fox * 4),
+            PromptCompletion(fox * 2 + "is", " the " + fox * 2),
+            chat(fox * 2, fox),
+            PlainText(fox),
+            PromptCompletion(fox[:12], fox[12:]),
+        ]
+    )
+    expected = [encoder.encode(*one).ids for one in asked]
+    by_reference: list[ParsedExample] = []
+    plain = encoder.encode_many
+
+    def noted(some: Any) -> Any:
+        by_reference.extend(example for example, _ in some)
+        return plain(some)
+
+    monkeypatch.setattr(encoder, "encode_many", noted)
+    found = BulkEncoder(encoder).encode(asked, range(len(asked)))
+    assert found.ids_K.tolist() == np.concatenate(expected).tolist()
+    assert by_reference == [
+        PlainText((fox * 4)[:24]),
+        PromptCompletion((fox * 2 + "is")[-12:], (" the " + fox)[:12]),
+        PlainText(fox),
+        PromptCompletion(fox[:12], fox[12:]),
+    ]
 
 
 def test_without_trust_all_is_the_references(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from trainkit.data.chat_shapes import ChatShapes
 from trainkit.data.chat_templates import TemplateProblem
-from trainkit.data.conversations import Conversation, PromptCompletion
+from trainkit.data.conversations import Conversation, PlainText, PromptCompletion
 from trainkit.data.token_bytes import NOTHING_FAST, tokenize
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     Bool = NDArray[np.bool_]
 
 Result = TypeVar("Result")
+
+COMPARED_CHARACTERS = 2**18
+"""The reference needs some 140 bytes for each character: a book would take more memory than all of the data."""
 
 
 class EnginesDiffer(Exception):  # noqa: N818 - it reads as what it says
@@ -119,7 +122,7 @@ class BulkEncoder:
     def encode(self, examples: Sequence[tuple[ParsedExample, str]], compared: Sequence[int] = ()) -> EncodedDocuments:
         """The documents of several (example, place), in order; those numbered ``compared`` are encoded both ways.
 
-        Raises what the reference raises, and EnginesDiffer where the two ways come to different tokens or masks.
+        Of a text or pair that is longer than COMPARED_CHARACTERS a part is, and of a conversation nothing. Raises what the reference raises, and EnginesDiffer where the two ways come to different tokens or masks.
         """
         in_bulk = self._in_bulk(examples)
         left = np.setdiff1d(np.arange(len(examples)), in_bulk.numbers)
@@ -127,7 +130,15 @@ class BulkEncoder:
             zip(left.tolist(), self._encoder.encode_many([examples[number] for number in left.tolist()]), strict=True)
         )
         documents = _in_order(len(examples), in_bulk, by_reference)
-        self._compare(documents, examples, sorted(set(compared) - by_reference.keys()))
+        whole: list[int] = []
+        for number in sorted(set(compared) - by_reference.keys()):
+            example, place = examples[number]
+            part = _part_to_compare(example)
+            if part is example:
+                whole.append(number)
+            elif part is not None:
+                self.encode([(part, place)], compared=(0,))
+        self._compare(documents, examples, whole)
         return documents
 
     def _in_bulk(self, examples: Sequence[tuple[ParsedExample, str]]) -> _Bulk:
@@ -288,6 +299,18 @@ class _Bulk:
             self.separators_N[sound_N],
             self.turns_N[sound_N],
         )
+
+
+def _part_to_compare(example: ParsedExample) -> ParsedExample | None:
+    """What of an example is encoded both ways; it stays what it is where it is not long."""
+    if isinstance(example, Conversation):
+        return example if sum(len(one.content) for one in example.messages) <= COMPARED_CHARACTERS else None
+    half = COMPARED_CHARACTERS // 2
+    if isinstance(example, PromptCompletion) and max(len(example.prompt), len(example.completion)) > half:
+        return PromptCompletion(example.prompt[-half:], example.completion[:half])
+    if isinstance(example, PlainText) and len(example.text) > COMPARED_CHARACTERS:
+        return PlainText(example.text[:COMPARED_CHARACTERS])
+    return example
 
 
 def _nothing() -> _Bulk:
