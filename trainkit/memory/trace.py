@@ -1,0 +1,1 @@
+"""The step itself, run on tensors without data."""
