@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping as ReadOnly
     from collections.abc import Sequence
 
-__all__ = ["ReadRecipe", "json_schema", "read_recipe", "recipe_as_yaml", "shipped_recipes"]
+__all__ = ["Flag", "ReadRecipe", "json_schema", "read_recipe", "recipe_as_yaml", "shipped_recipes"]
 
 MAX_EXTENDED_FILES = 32
 MAX_LINES = 100
@@ -48,7 +48,8 @@ class ReadRecipe:
     """A recipe and how it came about.
 
     ``origins`` says for every dotted key where its value stands: ``default``, ``recipe.yaml:12`` or ``--set``; the
-    keys of a source are ``data.train[0].path``. ``warnings`` are complete lines. ``path`` is the file that was read.
+    keys of a source are ``data.train[0].path``. ``warnings`` are complete lines. ``path`` is the file that was read,
+    empty where there was none.
     """
 
     recipe: Recipe
@@ -57,17 +58,31 @@ class ReadRecipe:
     path: str
 
 
-def read_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> ReadRecipe:
+@dataclass(frozen=True)
+class Flag:
+    """A command-line option that stands for a key of the recipe; ``value`` is YAML, as behind ``--set``."""
+
+    option: str
+    key: str
+    value: str
+
+
+def read_recipe(
+    path_or_name: str | None, overrides: Sequence[str] = (), flags: Sequence[Flag] = ()
+) -> ReadRecipe:
     """Read a recipe file (or a shipped recipe by its name) with ``section.key=value`` overrides.
 
-    Raises RecipeErrors (exit code 2) with one line for every mistake.
+    ``flags`` come behind the file and before ``overrides``; without a file (None) they are all there is. Raises
+    RecipeErrors (exit code 2) with one line for every mistake.
     """
     mistakes: list[Mistake] = []
-    path = _recipe_path(path_or_name)
+    path = None if path_or_name is None else _recipe_path(path_or_name)
+    given = [(f"{flag.key}={flag.value}", flag.option) for flag in flags]
+    given += [(override, f"--set {shown(override.partition('=')[0].strip(), 80)}") for override in overrides]
     try:
-        root = _with_bases(path, mistakes)
-        for index, override in enumerate(overrides):
-            root = _with_override(root, override, ORDER_OF_OPTIONS + index, mistakes)
+        root = Mapping(Place("command line"), {}) if path is None else _with_bases(path, mistakes)
+        for index, (override, label) in enumerate(given):
+            root = _with_override(root, override, Place(label, order=ORDER_OF_OPTIONS + index), mistakes)
     except UnreadableYaml as error:
         raise _as_error([*mistakes, error.mistake]) from None
     notes = Notes(root, mistakes)
@@ -79,7 +94,7 @@ def read_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> ReadRecipe:
     if notes.mistakes:
         raise _as_error(notes.mistakes)
     origins = {key: _origin(key, notes.places) for key in _keys_with_values(recipe, "")}
-    return ReadRecipe(recipe, origins, tuple(map(str, _sorted(notes.warnings))), str(path))
+    return ReadRecipe(recipe, origins, tuple(map(str, _sorted(notes.warnings))), str(path or ""))
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -178,11 +193,10 @@ def _tree_of_file(path: Path, order: int, from_place: Place, mistakes: list[Mist
     return root
 
 
-def _with_override(root: Mapping, override: str, order: int, mistakes: list[Mistake]) -> Mapping:
-    """``root`` with one ``section.key=value`` option merged over it."""
+def _with_override(root: Mapping, override: str, place: Place, mistakes: list[Mistake]) -> Mapping:
+    """``root`` with one ``section.key=value`` option merged over it; ``place`` is what to call the option."""
     key, equals, text = override.partition("=")
     key = key.strip()
-    place = Place(f"--set {shown(key, 80)}", order=order)
     names = key.split(".")
     wrong = None
     if not equals or not key:

@@ -43,9 +43,9 @@ NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands: a file with line and column (from 1), or a ``--set`` option (line 0).
+    """Where something stands: a file with line and column (from 1), or an option of the command line (line 0).
 
-    ``order`` sorts places of different files: the recipe itself, the files it extends, the ``--set`` options.
+    ``order`` sorts places of different files: the recipe itself, the files it extends, the options.
     """
 
     label: str
@@ -58,8 +58,8 @@ class Place:
 
     @property
     def origin(self) -> str:
-        """The short form for `trainkit show`: ``recipe.yaml:12`` or ``--set``."""
-        return f"{self.label}:{self.line}" if self.line else "--set"
+        """The short form for `trainkit show`: ``recipe.yaml:12``, ``--set`` or another option."""
+        return f"{self.label}:{self.line}" if self.line else self.label.partition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Mistake:
         >>> str(Mistake(Place("--set training.seed"), "training.seed", "must be at least 0"))
         '--set training.seed: must be at least 0'
         """
-        said_by_place = not self.key or self.place.label == f"--set {self.key}"
+        label = self.place.label
+        said_by_place = not self.key or label == f"--set {self.key}" or (label.startswith("--") and " " not in label)
         return f"{self.place}: {self.message}" if said_by_place else f"{self.place}: {self.key}: {self.message}"
 
 

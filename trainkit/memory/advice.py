@@ -1,0 +1,230 @@
+"""What fits: the largest micro-batch, the longest row, the cheapest changes. Every answer is an estimate. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trainkit.memory.verdict import process_bytes
+from trainkit.recipe.schema import Adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from trainkit.memory.estimate import Estimate
+    from trainkit.memory.scenario import Scenario
+    from trainkit.memory.verdict import Capacity
+
+    Question = Callable[[Scenario], Estimate]
+
+MOST_ROWS = 4096
+MOST_TOKENS = 2**20  # in a row, where the model sets no bound
+LENGTH_STEP = 64  # tokens; row lengths are searched in multiples of it
+GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A way to make it fit: what to do, at what cost, as lines of a recipe, and what a step then takes."""
+
+    sentence: str
+    lines: tuple[str, ...]
+    scenario: Scenario
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model may be trained, for people, and as a change of a scenario."""
+
+    name: str
+    adapter: Adapter | None
+    activation_checkpointing: bool
+
+    def of(self, scenario: Scenario) -> Scenario:
+        """The scenario trained this way."""
+        return replace(scenario, adapter=self.adapter, activation_checkpointing=self.activation_checkpointing)
+
+
+METHODS = tuple(
+    Method(name + " + checkpointing" * checkpointing, adapter, checkpointing)
+    for name, adapter in (("full", None), ("LoRA", Adapter(type="lora")), ("QLoRA", Adapter(type="qlora")))
+    for checkpointing in (False, True)
+)
+"""In the order in which they give something up: time first, then weights that train, then exact base weights."""
+
+
+def remembering(question: Question) -> Question:
+    """The same question, asked once for each scenario. All scenarios must be of one model."""
+    answers: dict[str, Estimate] = {}
+
+    def ask(scenario: Scenario) -> Estimate:
+        key = repr(scenario)
+        if key not in answers:
+            answers[key] = question(scenario)
+        return answers[key]
+
+    return ask
+
+
+def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
+    """Whether the verdict on a scenario is "fits"."""
+    return process_bytes(ask(scenario), scenario.device) <= capacity.to_fill_bytes
+
+
+def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question, most: int = MOST_ROWS) -> int:
+    """Rows of the largest micro-batch that fits, everything else unchanged; 0 where not even one row does."""
+    return _largest(lambda rows: replace(scenario, micro_batch_size=rows), most, capacity, ask)
+
+
+def longest_row(scenario: Scenario, capacity: Capacity, ask: Question, positions: int | None) -> int:
+    """Tokens of the longest row that fits, everything else unchanged: a multiple of 64, or all ``positions``; or 0."""
+    most = positions or MOST_TOKENS
+    steps = -(-most // LENGTH_STEP)
+
+    def of_length(step: int) -> Scenario:
+        return replace(scenario, sequence_length=min(step * LENGTH_STEP, most))
+
+    return min(_largest(of_length, steps, capacity, ask) * LENGTH_STEP, most)
+
+
+def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_rows: int | None = None) -> int:
+    """What ``micro_batch_size: auto`` comes to: the largest micro-batch that fits and divides the rows of a step; or 0.
+
+    ``most_rows`` caps it where larger ones are no faster.
+    """
+    in_a_step = scenario.micro_batch_size * scenario.micro_batches
+    divisors = [rows for rows in range(1, in_a_step + 1) if in_a_step % rows == 0]
+    divisors = [rows for rows in divisors if rows == 1 or not most_rows or rows <= most_rows]
+    index = _largest(lambda place: scenario.with_micro_batch_size(divisors[place - 1]), len(divisors), capacity, ask)
+    return divisors[index - 1] if index else 0
+
+
+def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
+    """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does."""
+    return [change for change in _candidates(scenario, capacity, ask) if change is not None]
+
+
+def cheapest_method(scenario: Scenario, capacity: Capacity, ask: Question) -> tuple[Method, Estimate] | None:
+    """The first of :data:`METHODS` with which one row of the scenario fits; None where none does."""
+    for method in METHODS:
+        tried = method.of(scenario)
+        if fitting(tried, capacity, ask):
+            return method, ask(tried)
+    return None
+
+
+def _candidates(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
+    yield _fewer_rows(scenario, "the step takes more passes", capacity, ask)
+    checkpointed = replace(scenario, activation_checkpointing=True)
+    if not scenario.activation_checkpointing:
+        yield _as_it_is_or_fewer_rows(checkpointed, "about a third more time", scenario, capacity, ask)
+    if scenario.adapter is None and scenario.optimizer == "adamw":
+        yield _cheapest(
+            replace(scenario, optimizer="adamw_8bit"), "moments of 8 bit; needs the extra [qlora]", scenario, capacity, ask
+        )
+    if scenario.adapter is None:
+        lora = replace(scenario, adapter=Adapter(type="lora"))
+        yield _cheapest(lora, "adapters train, the model's own weights do not", scenario, capacity, ask)
+    if scenario.method != "qlora":
+        four_bit = replace(scenario.adapter or Adapter(), type="qlora")
+        qlora = replace(scenario, adapter=four_bit)
+        yield _cheapest(qlora, "adapters on a base in 4 bit; slower steps, inexact weights", scenario, capacity, ask)
+    if scenario.gpus == 1 and scenario.method != "qlora":
+        yield _sharded(scenario, capacity, ask)
+
+
+def _fewer_rows(scenario: Scenario, cost: str, capacity: Capacity, ask: Question) -> Change | None:
+    for rows in _smaller_divisors(scenario):
+        tried = scenario.with_micro_batch_size(rows)
+        if fitting(tried, capacity, ask):
+            return _change(tried, cost, scenario, ask)
+    return None
+
+
+def _as_it_is_or_fewer_rows(
+    tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, ask: Question
+) -> Change | None:
+    if fitting(tried, capacity, ask):
+        return _change(tried, cost, asked, ask)
+    if fewer := _fewer_rows(tried, cost, capacity, ask):
+        return _change(fewer.scenario, cost, asked, ask)
+    return None
+
+
+def _cheapest(tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
+    """With all rows, else with activation checkpointing, else with fewer rows as well."""
+    if fitting(tried, capacity, ask):
+        return _change(tried, cost, asked, ask)
+    checkpointed = replace(tried, activation_checkpointing=True)
+    return _as_it_is_or_fewer_rows(checkpointed, f"{cost}; about a third more time", asked, capacity, ask)
+
+
+def _sharded(scenario: Scenario, capacity: Capacity, ask: Question) -> Change | None:
+    for gpus in GPU_COUNTS:
+        for checkpointing in (False, True):
+            tried = replace(
+                scenario,
+                gpus=gpus,
+                shard="fsdp2",
+                activation_checkpointing=scenario.activation_checkpointing or checkpointing,
+            )
+            if fitting(tried, capacity, ask):
+                return _change(tried, f"{gpus} such GPUs, everything sharded", scenario, ask)
+    return None
+
+
+def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question) -> Change:
+    """What differs between the scenario and the one that was asked about."""
+    lines: list[str] = []
+    if scenario.activation_checkpointing != asked.activation_checkpointing:
+        lines += ["model:", "  activation_checkpointing: true"]
+    if scenario.adapter != asked.adapter and scenario.adapter is not None:
+        keys = f"type: {scenario.adapter.type}, r: {scenario.adapter.r}, alpha: {scenario.adapter.alpha:g}"
+        lines += [f"adapter: {{{keys}}}"]
+    training = []
+    if scenario.optimizer != asked.optimizer:
+        training.append(f"  optimizer: {scenario.optimizer}")
+    if scenario.micro_batch_size != asked.micro_batch_size:
+        training.append(f"  micro_batch_size: {scenario.micro_batch_size}")
+    if training:
+        lines += ["training:", *training]
+    return Change(cost, tuple(lines), scenario, ask(scenario))
+
+
+def _smaller_divisors(scenario: Scenario) -> list[int]:
+    """Smaller micro-batches that divide the rows of a step, the largest first."""
+    rows = scenario.micro_batch_size
+    in_a_step = rows * scenario.micro_batches
+    return [fewer for fewer in range(rows - 1, 0, -1) if in_a_step % fewer == 0]
+
+
+def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capacity, ask: Question) -> int:
+    """The largest n from 1 to ``most`` whose scenario fits; 0 where that of 1 does not.
+
+    The need grows with n, almost in proportion: each guess is where the line through the two ends of the bracket
+    meets the capacity, so that a handful of estimates is enough; every other guess is the middle, in case it bends.
+    """
+
+    def need(number: int) -> int:
+        scenario = scenario_at(number)
+        return process_bytes(ask(scenario), scenario.device)
+
+    limit = capacity.to_fill_bytes
+    low, low_need = 1, need(1)
+    if low_need > limit:
+        return 0
+    high, high_need = most, need(most)
+    if high_need <= limit:
+        return most
+    by_line = True
+    while high - low > 1:
+        guess = low + int((limit - low_need) / (high_need - low_need) * (high - low)) if by_line else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        found = need(guess)
+        if found <= limit:
+            low, low_need = guess, found
+        else:
+            high, high_need = guess, found
+        by_line = not by_line
+    return low
