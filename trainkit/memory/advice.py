@@ -1,10 +1,11 @@
-"""What fits: the largest micro-batch, the longest row, the cheapest changes. Every answer is an estimate. Torch-free."""
+"""What fits: the largest micro-batch, the longest row, the cheapest changes; each is estimated. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from trainkit.memory.scenario import BYTES_OF, Scenario
 from trainkit.memory.verdict import process_bytes
 from trainkit.recipe.schema import Adapter
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from trainkit.memory.estimate import Estimate
-    from trainkit.memory.scenario import Scenario
     from trainkit.memory.verdict import Capacity
 
     Question = Callable[[Scenario], Estimate]
@@ -21,6 +21,9 @@ MOST_ROWS = 4096
 MOST_TOKENS = 2**20  # in a row, where the model sets no bound
 LENGTH_STEP = 64  # tokens; row lengths are searched in multiples of it
 GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
+
+
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}  # of the optimizer, at least, a parameter
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,16 @@ def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Chang
     return [change for change in _candidates(scenario, capacity, ask) if change is not None]
 
 
-def cheapest_method(scenario: Scenario, capacity: Capacity, ask: Question) -> tuple[Method, Estimate] | None:
-    """The first of :data:`METHODS` with which one row of the scenario fits; None where none does."""
+def cheapest_method(
+    scenario: Scenario, parameters: int, capacity: Capacity, ask: Question
+) -> tuple[Method, Estimate] | None:
+    """The first of :data:`METHODS` with which the scenario fits; None where none does.
+
+    What cannot fit for its ``parameters`` alone is not estimated.
+    """
     for method in METHODS:
         tried = method.of(scenario)
-        if fitting(tried, capacity, ask):
+        if _least_bytes(tried, parameters) <= capacity.to_fill_bytes and fitting(tried, capacity, ask):
             return method, ask(tried)
     return None
 
@@ -121,7 +129,11 @@ def _candidates(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterat
         yield _as_it_is_or_fewer_rows(checkpointed, "about a third more time", scenario, capacity, ask)
     if scenario.adapter is None and scenario.optimizer == "adamw":
         yield _cheapest(
-            replace(scenario, optimizer="adamw_8bit"), "moments of 8 bit; needs the extra [qlora]", scenario, capacity, ask
+            replace(scenario, optimizer="adamw_8bit"),
+            "moments of 8 bit; needs the extra [qlora]",
+            scenario,
+            capacity,
+            ask,
         )
     if scenario.adapter is None:
         lora = replace(scenario, adapter=Adapter(type="lora"))
@@ -131,7 +143,9 @@ def _candidates(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterat
         qlora = replace(scenario, adapter=four_bit)
         yield _cheapest(qlora, "adapters on a base in 4 bit; slower steps, inexact weights", scenario, capacity, ask)
     if scenario.gpus == 1 and scenario.method != "qlora":
-        yield _sharded(scenario, capacity, ask)
+        yield _sharded(scenario, scenario, capacity, ask)
+    if scenario.gpus == 1 and scenario.adapter is None:
+        yield _sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask)
 
 
 def _fewer_rows(scenario: Scenario, cost: str, capacity: Capacity, ask: Question) -> Change | None:
@@ -160,7 +174,7 @@ def _cheapest(tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, a
     return _as_it_is_or_fewer_rows(checkpointed, f"{cost}; about a third more time", asked, capacity, ask)
 
 
-def _sharded(scenario: Scenario, capacity: Capacity, ask: Question) -> Change | None:
+def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
     for gpus in GPU_COUNTS:
         for checkpointing in (False, True):
             tried = replace(
@@ -170,7 +184,9 @@ def _sharded(scenario: Scenario, capacity: Capacity, ask: Question) -> Change | 
                 activation_checkpointing=scenario.activation_checkpointing or checkpointing,
             )
             if fitting(tried, capacity, ask):
-                return _change(tried, f"{gpus} such GPUs, everything sharded", scenario, ask)
+                return _change(
+                    tried, f"{gpus} such GPUs that share the weights (--gpus {gpus} --shard fsdp2)", asked, ask
+                )
     return None
 
 
@@ -190,6 +206,13 @@ def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question) -> Ch
     if training:
         lines += ["training:", *training]
     return Change(cost, tuple(lines), scenario, ask(scenario))
+
+
+def _least_bytes(scenario: Scenario, parameters: int) -> float:
+    """What the parameters take at the very least: fp32 weights, gradients and moments, or the frozen base."""
+    if scenario.method == "full":
+        return parameters * (8 + MOMENT_BYTES[scenario.optimizer])
+    return parameters * (0.5 if scenario.method == "qlora" else BYTES_OF[scenario.frozen_storage])
 
 
 def _smaller_divisors(scenario: Scenario) -> list[int]:

@@ -67,9 +67,7 @@ class Flag:
     value: str
 
 
-def read_recipe(
-    path_or_name: str | None, overrides: Sequence[str] = (), flags: Sequence[Flag] = ()
-) -> ReadRecipe:
+def read_recipe(path_or_name: str | None, overrides: Sequence[str] = (), flags: Sequence[Flag] = ()) -> ReadRecipe:
     """Read a recipe file (or a shipped recipe by its name) with ``section.key=value`` overrides.
 
     ``flags`` come behind the file and before ``overrides``; without a file (None) they are all there is. Raises
