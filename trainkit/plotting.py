@@ -48,9 +48,8 @@ def save(figure: Figure, path: Path, title: str) -> None:
 
     picture = io.BytesIO()
     form = "png" if path.suffix.lower() == ".png" else "svg"
-    settings: dict[str, Any] = {"svg.hashsalt": "trainkit", "svg.fonttype": "none"}  # equal figures, equal files
     metadata: dict[str, Any] = {"Title": title} | ({"Date": None} if form == "svg" else {})
-    with rc_context(settings):
+    with rc_context({"svg.hashsalt": "trainkit", "svg.fonttype": "none"}):  # equal figures, equal files
         figure.savefig(picture, format=form, dpi=DOTS_PER_INCH, metadata=metadata)
     content = picture.getvalue()
     if path.suffix.lower() == ".html":

@@ -134,16 +134,14 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     if length is not None or request.micro_batch_size is not None:
         flags.append(_tokens_per_step(request, length))
     if request.adapter is not None:
-        adapter = ("adapter", "null") if request.adapter == "none" else ("adapter.type", request.adapter)
-        flags.append(Flag("--adapter", *adapter))
+        key, value = ("adapter", "null") if request.adapter == "none" else ("adapter.type", request.adapter)
+        flags.append(Flag("--adapter", key, value))
     if request.activation_checkpointing:
         flags.append(Flag("--activation-checkpointing", "model.activation_checkpointing", "true"))
-    for option, key, value in (
-        ("--precision", "precision", request.precision),
-        ("--optimizer", "training.optimizer", request.optimizer),
-    ):
-        if value is not None:
-            flags.append(Flag(option, key, _quoted(value)))
+    if request.precision is not None:
+        flags.append(Flag("--precision", "precision", _quoted(request.precision)))
+    if request.optimizer is not None:
+        flags.append(Flag("--optimizer", "training.optimizer", _quoted(request.optimizer)))
     return flags
 
 
