@@ -81,6 +81,26 @@ def test_no_new_commands_or_options() -> None:
         "fine-tune": ["--fresh", "--json", "--set", "recipe"],
         "inspect-data": ["--examples", "--json", "--set", "recipe"],
         "pack-data": ["--force", "--json", "--set", "recipe"],
+        "estimate-memory": [
+            "--activation-checkpointing",
+            "--adapter",
+            "--exact",
+            "--fits",
+            "--gpu",
+            "--gpus",
+            "--json",
+            "--memory",
+            "--micro-batch-size",
+            "--model",
+            "--optimizer",
+            "--plot",
+            "--precision",
+            "--sequence-length",
+            "--set",
+            "--shard",
+            "--view",
+            "recipe",
+        ],
         "show": ["--set", "recipe"],
         "schema": [],
         "export": ["--json", "--merge", "--output", "run"],
@@ -153,7 +173,9 @@ def test_the_version(capsys: Said) -> None:
     assert capsys.readouterr().out == f"trainkit {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["fine-tune"], ["inspect-data"], ["show"], ["schema"], ["export"]])
+@pytest.mark.parametrize(
+    "command", [[], ["fine-tune"], ["inspect-data"], ["estimate-memory"], ["show"], ["schema"], ["export"]]
+)
 def test_help_fits_eighty_columns_and_shows_an_example(command: list[str], capsys: Said) -> None:
     assert run([*command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -181,6 +203,7 @@ def only_line(capsys: Said) -> str:
         (["show", "recipe.yaml", "--set"], "error: Option '--set' requires an argument"),
         (["inspect-data", "recipe.yaml", "--examples", "0"], "error: Invalid value for '--examples'"),
         (["fine-tune", "nowhere.yaml"], "error: nowhere.yaml: no such recipe; "),
+        (["estimate-memory"], "error: give a RECIPE or --model NAME; see `trainkit estimate-memory --help`"),
         (
             ["show", "recipe.yaml", "--set", "training.epochs=-1"],
             "error: --set training.epochs: must be above 0; got -1",
@@ -328,7 +351,17 @@ def test_the_program_fails_with_the_exit_code_and_no_traceback() -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["show", "recipe.yaml"], ["show", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["show", "recipe.yaml"],
+        ["show", "nowhere"],
+        ["estimate-memory", "--help"],
+        ["estimate-memory", "--model", "lama-70b"],
+        ["estimate-memory", "--model", "llama-70b", "--memory", "24"],
+    ],
+)
 def test_help_and_refusals_load_nothing_heavy(arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "datasets", "numpy", "rich"}
     code = f"import sys; from trainkit.cli import run; run(sys.argv[1:]); print({heavy} & set(sys.modules))"

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainkit.errors import MachineError, UsageError
 
@@ -48,9 +48,8 @@ def save(figure: Figure, path: Path, title: str) -> None:
 
     picture = io.BytesIO()
     form = "png" if path.suffix.lower() == ".png" else "svg"
-    metadata: dict[str, Any] = {"Title": title} | ({"Date": None} if form == "svg" else {})
-    with rc_context({"svg.hashsalt": "trainkit", "svg.fonttype": "none"}):  # equal figures, equal files
-        figure.savefig(picture, format=form, dpi=DOTS_PER_INCH, metadata=metadata)
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(picture, format=form, dpi=DOTS_PER_INCH, metadata={"Title": title})
     content = picture.getvalue()
     if path.suffix.lower() == ".html":
         content = _page(content, title).encode()

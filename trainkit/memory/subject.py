@@ -16,6 +16,7 @@ from trainkit.memory.sizes import size_in_bytes
 from trainkit.memory.verdict import Capacity
 from trainkit.recipe.reader import Flag, read_recipe
 from trainkit.recipe.schema import Model, Packing, Recipe, Training
+from trainkit.recipe.written import text_as_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +129,7 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     elif request.micro_batch_size is not None:
         flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size)))
     if request.model is not None:
-        flags.append(Flag("--model", "model.name", _quoted(request.model)))
+        flags.append(Flag("--model", "model.name", text_as_yaml(request.model)))
     if length is not None:
         flags.append(Flag("--sequence-length", "packing.sequence_length", str(length)))
     if length is not None or request.micro_batch_size is not None:
@@ -139,9 +140,9 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     if request.activation_checkpointing:
         flags.append(Flag("--activation-checkpointing", "model.activation_checkpointing", "true"))
     if request.precision is not None:
-        flags.append(Flag("--precision", "precision", _quoted(request.precision)))
+        flags.append(Flag("--precision", "precision", text_as_yaml(request.precision)))
     if request.optimizer is not None:
-        flags.append(Flag("--optimizer", "training.optimizer", _quoted(request.optimizer)))
+        flags.append(Flag("--optimizer", "training.optimizer", text_as_yaml(request.optimizer)))
     return flags
 
 
@@ -155,8 +156,3 @@ def _tokens_per_step(request: Request, length: int | None) -> Flag:
             rows = written.training.micro_batch_size
     micro_batch = rows * (length or Packing().sequence_length)
     return Flag("--sequence-length", "training.tokens_per_step", str(max(1, tokens // micro_batch) * micro_batch))
-
-
-def _quoted(text: str) -> str:
-    """Text as YAML that stays text."""
-    return "'" + text.replace("'", "''") + "'"
