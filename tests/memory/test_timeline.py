@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trainkit.errors import MachineError, UsageError
@@ -38,7 +39,7 @@ def test_each_part_that_is_there_is_stacked_with_its_bytes() -> None:
         "activations",
         "weights",
     ]
-    heights = [max(path.vertices[:, 1]) for stack in axes.collections for path in stack.get_paths()]
+    heights = [np.asarray(path.vertices)[:, 1].max() for stack in axes.collections for path in stack.get_paths()]
     assert heights == [4, 7]
     texts = [text.get_text() for text in axes.texts]
     assert texts == ["forward", "loss", "backward", "optimizer", "peak 7.00 GiB\nbackward: layer 1"]

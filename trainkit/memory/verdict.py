@@ -42,7 +42,12 @@ def context_bytes(device: Device) -> int:
 
 
 def process_bytes(found: Estimate, device: Device) -> int:
-    """What the device shows as taken by the process (nvidia-smi's figure): reserved memory and context."""
+    """What the device shows as taken by the process (nvidia-smi's figure): reserved memory and context.
+
+    On a CPU memory goes back to the system, so it is what is allocated.
+    """
+    if device.kind == "cpu":
+        return found.peak_allocated_bytes
     return found.peak_reserved_bytes + context_bytes(device)
 
 
