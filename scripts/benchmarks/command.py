@@ -22,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.step import measure_steps, table
 
             found = measure_steps(options)
+        elif options.verb == "memory":
+            from benchmarks.memory import measure_memory, table
+
+            found = measure_memory(options)
         else:
             from benchmarks.micro_batch import measure_micro_batches, table
 
@@ -54,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_options(micro_batch, steps=8)
     micro_batch.add_argument("--json", action="store_true", help="print one JSON object")
+    memory = verbs.add_parser(
+        "memory",
+        help="estimates beside other tools', and beside a GPU where there is one",
+        description="Peak memory of training steps as trainkit estimates it, beside accelerate, fitcheck-llm and "
+        "DeepSpeed where they are installed; with a CUDA device, beside what real steps take.",
+    )
+    memory.add_argument("--grid", action="store_true", help="only measure on the GPU")
+    memory.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
