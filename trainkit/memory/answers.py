@@ -1,0 +1,51 @@
+"""What a step without data says when its code asks for a number: that every token is trained and nothing overflows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class Answers(TorchDispatchMode):
+    """The mode. It stands above the tracker, which sees what the answers cost: the positions that a mask selects."""
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        super().__init__()
+        self._scaler = scaler
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer, or run the operator."""
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return self._number(args[0])
+        if func is aten.nonzero.default:
+            mask = args[0]
+            return mask.new_empty((mask.numel(), mask.dim()), dtype=torch.int64)
+        if func in {aten.index.Tensor, aten._index_put_impl_.default, aten.index_put.default, aten.index_put_.default}:
+            return func(args[0], _positions(args[1]), *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _number(self, tensor: torch.Tensor) -> float:
+        if tensor.dtype == torch.bool:
+            return True
+        if not tensor.is_floating_point():
+            return 1
+        # No norm and no loss is 0 in earnest; but it is finite, and as a count of overflows it is right.
+        return 2.0**16 if self._scaler is not None and tensor is self._scaler._scale else 0.0  # noqa: SLF001
+
+
+def _positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """A mask among indices selects everything; it becomes one vector of positions for each of its dimensions."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            found += [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
+        else:
+            found.append(index)
+    return found

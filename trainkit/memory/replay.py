@@ -1,0 +1,73 @@
+"""Plays an event log: how much is allocated when, by part, with the allocator's rounding. Torch-free."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainkit.memory.event_log import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from trainkit.memory.event_log import EventLog
+
+# kMinBlockSize of c10/cuda/CUDACachingAllocator: every allocation is a multiple of it, and counted as such.
+CUDA_BLOCK_BYTES = 512
+
+ROUNDING = "allocator rounding"
+SCRATCH = "temporary buffers"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The most that was allocated at one moment of the step, and of what."""
+
+    phase: str
+    place: str
+    bytes_by_part: Mapping[str, int]
+    allocated_bytes: int
+
+
+def highest_moments(log: EventLog, block_bytes: int = CUDA_BLOCK_BYTES) -> Iterator[Moment]:
+    """For each moment of the log, in order, its highest point. ``block_bytes`` 1 rounds nothing (the CPU's allocator)."""
+    parts: dict[str, int] = defaultdict(int)
+    allocated = 0
+    highest, at_highest = -1, {}
+    phase_and_place: tuple[str, str] | None = None
+    for event in log.events:
+        if event.kind == Kind.MOMENT:
+            if phase_and_place is not None:
+                yield Moment(*phase_and_place, at_highest, highest)
+            phase_and_place = log.moments[event.subject]
+            now = allocated
+            highest = -1
+        elif event.kind == Kind.SCRATCH:
+            size = log.sizes[event.subject]
+            now = allocated + size
+        else:
+            allocation = log.allocations[event.subject]
+            size = log.sizes[allocation.size]
+            rounded = rounded_up(size, block_bytes)
+            sign = 1 if event.kind == Kind.BIRTH else -1
+            parts[allocation.part] += sign * size
+            parts[ROUNDING] += sign * (rounded - size)
+            allocated += sign * rounded
+            now = allocated
+        if now > highest:
+            highest = now
+            at_highest = dict(parts)
+            if event.kind == Kind.SCRATCH:
+                at_highest[SCRATCH] = at_highest.get(SCRATCH, 0) + size
+    if phase_and_place is not None:
+        yield Moment(*phase_and_place, at_highest, highest)
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    """The next multiple, ``size`` itself where it is one.
+
+    >>> rounded_up(1, 512), rounded_up(1024, 512), rounded_up(0, 512)
+    (512, 1024, 0)
+    """
+    return -(-size // multiple) * multiple

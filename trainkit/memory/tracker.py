@@ -1,0 +1,222 @@
+"""Writes down when each piece of memory comes to life and when it dies, while a step runs.
+
+A dispatch mode sees every operator's outputs; a weak reference to a storage tells when it is gone. It works on fake
+tensors, which have no data, as on real ones. What a kernel takes and returns within one operator it cannot see:
+``scratch_bytes`` says how much that is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from trainkit.memory.event_log import Allocation, Event, EventLog, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+aten = torch.ops.aten
+
+_WITH_BACKWARD = ("loss", "backward")
+
+
+@dataclass
+class _Piece:
+    """An allocation under way: its part may be learned later than its birth."""
+
+    nbytes: int
+    part: str
+    layer: int | None
+    adds_gradients: bool = False
+    alive: bool = True
+
+
+class Tracker(TorchDispatchMode):
+    """The mode. :meth:`moment` says where the step is, :meth:`own` what was there before it, :meth:`log` ends it."""
+
+    def __init__(self, scratch_bytes: Callable[[Any, tuple[Any, ...]], int]) -> None:
+        super().__init__()
+        self._scratch_bytes = scratch_bytes
+        self._pieces: list[_Piece] = []
+        self._events: list[tuple[Kind, int, int | None]] = []
+        self._moments: dict[tuple[str, str], int] = {}
+        self._known: dict[int, int] = {}  # a storage's address → its piece
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._resize = torch.UntypedStorage.resize_
+        self.phase = "start"
+        self.place = ""
+        self.layer: int | None = None
+
+    def moment(self, phase: str, place: str, layer: int | None = None) -> None:
+        """From here on the step is at ``place`` (which is in ``layer``, or in none)."""
+        self.phase, self.place, self.layer = phase, place, layer
+        index = self._moments.setdefault((phase, place), len(self._moments))
+        self._events.append((Kind.MOMENT, index, layer))
+
+    def own(self, tensor: torch.Tensor, part: str, layer: int | None) -> None:
+        """Count ``tensor`` to ``part``, whether it is new here or was born unnoticed."""
+        for storage in _storages(tensor):
+            piece = self._known.get(_address(storage))
+            if piece is None:
+                self._birth(storage, part, layer)
+            else:
+                self._pieces[piece].part = part
+
+    def log(self, layers: int) -> EventLog:
+        """What happened, for a model of ``layers`` layers."""
+        sizes: dict[int, int] = {}
+        allocations = [
+            Allocation(sizes.setdefault(piece.nbytes, len(sizes)), piece.part, piece.layer) for piece in self._pieces
+        ]
+        events = [
+            Event(kind, sizes.setdefault(subject, len(sizes)) if kind == Kind.SCRATCH else subject, layer)
+            for kind, subject, layer in _in_layer_order(self._accumulated_in_place())
+        ]
+        return EventLog(layers, allocations, events, list(sizes), list(self._moments))
+
+    def __enter__(self) -> Tracker:
+        tracker, resize = self, self._resize
+
+        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+            """FSDP2 frees and takes its unsharded weights by resizing, which no dispatch mode sees."""
+            result = resize(storage, size)
+            tracker._resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *arguments: object) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*arguments)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator; its new storages are born."""
+        if any(_is_distributed(kind) for kind in types):
+            return NotImplemented  # a DTensor turns into operators on its local part first
+        out = func(*args, **(kwargs or {}))
+        if scratch := self._scratch_bytes(func, args):
+            self._events.append((Kind.SCRATCH, scratch, self._owner(args, 0, 1)))
+        adds = func is aten.add.Tensor and self.phase in _WITH_BACKWARD and not torch.is_grad_enabled()
+        leaves = [out] if isinstance(out, torch.Tensor) else tree_leaves(out)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                for storage in _storages(leaf):
+                    if _address(storage) not in self._known:
+                        layer = self._owner(args, index, len(leaves))
+                        self._birth(storage, self._part(), layer, adds_gradients=adds)
+        return out
+
+    def _part(self) -> str:
+        """What a new piece counts to. In the backward pass, layers that run again work with gradients switched on."""
+        if self.phase == "loss":
+            return "logits and loss"
+        recomputed = self.phase == "backward" and torch.is_grad_enabled()
+        return "activations" if self.phase == "forward" or recomputed else "temporary buffers"
+
+    def _owner(self, args: tuple[Any, ...], index: int, count: int) -> int | None:
+        """The layer of an operator's output: where the step is; in the optimizer, of the weight that it is about.
+
+        A list operator's outputs belong to its inputs one by one, its single output (a stack, a norm) to no layer.
+        """
+        if self.phase != "optimizer" or not args:
+            return self.layer
+        if isinstance(args[0], torch.Tensor):
+            return self._layer_of(args[0])
+        if isinstance(args[0], list | tuple) and len(args[0]) == count > 1:
+            return self._layer_of(args[0][index])
+        return None
+
+    def _layer_of(self, tensor: torch.Tensor) -> int | None:
+        piece = next((self._known.get(_address(storage)) for storage in _storages(tensor)), None)
+        return None if piece is None else self._pieces[piece].layer
+
+    def _birth(
+        self, storage: torch.UntypedStorage, part: str, layer: int | None, *, adds_gradients: bool = False
+    ) -> None:
+        number, address = len(self._pieces), _address(storage)
+        piece = _Piece(storage.nbytes(), part, layer, adds_gradients)
+        self._pieces.append(piece)
+        self._known[address] = number
+        self._events.append((Kind.BIRTH, number, self.layer if self.layer is not None else layer))
+
+        def dead(_: object) -> None:
+            if self._known.get(address) == number:
+                del self._known[address]
+            self._references.pop(number, None)
+            self._death(number)
+
+        self._references[number] = weakref.ref(storage, dead)
+
+    def _death(self, number: int) -> None:
+        piece = self._pieces[number]
+        if piece.alive:
+            piece.alive = False
+            self._events.append((Kind.DEATH, number, self.layer if self.layer is not None else piece.layer))
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        number = self._known.get(_address(storage))
+        if number is None or self._pieces[number].nbytes == storage.nbytes():
+            return
+        piece = self._pieces[number]
+        self._death(number)
+        self._birth(storage, piece.part, piece.layer)
+
+    def _accumulated_in_place(self) -> list[tuple[Kind, int, int | None]]:
+        """The events, each sum of two gradients taking the place of one of them.
+
+        Autograd adds in place when nobody looks and out of place under a dispatch mode. So a sum is followed by the
+        death of one of its terms, which is put before it.
+        """
+        events = list(self._events)
+        for index, (kind, number, _) in enumerate(events):
+            if kind != Kind.BIRTH or not self._pieces[number].adds_gradients:
+                continue
+            for later in range(index + 1, min(index + 4, len(events))):
+                follower, dead, _ = events[later]
+                if follower == Kind.DEATH and self._pieces[dead].nbytes == self._pieces[number].nbytes:
+                    events.insert(index, events.pop(later))
+                    break
+        return events
+
+
+def _in_layer_order(events: list[tuple[Kind, int, int | None]]) -> list[tuple[Kind, int, int | None]]:
+    """The events, deaths that follow each other outside of any layer sorted by layer: they come from unordered sets."""
+    ordered: list[tuple[Kind, int, int | None]] = []
+    within: int | None = None
+    for kind, group in groupby(events, key=lambda event: event[0]):
+        same = list(group)
+        if kind == Kind.MOMENT:
+            within = same[-1][2]
+        if kind == Kind.DEATH and within is None:
+            same.sort(key=lambda event: (event[2] is None, event[2] or 0))
+        ordered += same
+    return ordered
+
+
+def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages under a tensor; a wrapper (DTensor) has those of its parts."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor.untyped_storage()
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):
+            yield from _storages(part)
+
+
+def _address(storage: torch.UntypedStorage) -> int:
+    return storage._cdata  # noqa: SLF001 - its only identity
+
+
+def _is_distributed(kind: type) -> bool:
+    return kind.__name__ == "DTensor"
