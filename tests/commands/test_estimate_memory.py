@@ -292,6 +292,7 @@ def test_the_list_for_people(capsys: Said) -> None:
         ),
         (["--model", "gpt2", "--set", "adapter.ranks=3"], 2, "--set adapter.ranks: unknown key"),
         (["--model", "gpt2", "--plot", "a.pdf"], 2, "--plot: a.pdf must end in .png, .svg or .html"),
+        (["recipe.yaml", "--gpus", "4"], 2, "training.tokens_per_step: 8,192 tokens are no micro-batch for each of 4"),
         (["--fits", "24"], 2, "--fits: 24 has no unit; write 24GiB"),
         (["--fits", "24GiB", "--model", "gpt2"], 2, "--fits: lists every known model, so --model has no place beside"),
         (["--model", "gpt2", "--view", "novel"], 2, "Invalid value for '--view'"),

@@ -31,10 +31,39 @@ _FLASH_MAX_HEAD_DIM = 256
 
 # The fp32 list of aten/src/ATen/autocast_mode.h (AT_FORALL_FP32), as far as models and losses use it. The CPU's own
 # list is shorter.
-_WIDENED_NAMES = (
-    "exp expm1 log log10 log2 log1p reciprocal rsqrt pow softmax log_softmax cumsum cumprod sum prod norm acos asin "
-    "cosh sinh tan erfinv layer_norm group_norm softplus mse_loss l1_loss nll_loss kl_div smooth_l1_loss huber_loss"
-).split()
+_WIDENED_NAMES = [
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log2",
+    "log1p",
+    "reciprocal",
+    "rsqrt",
+    "pow",
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "cumprod",
+    "sum",
+    "prod",
+    "norm",
+    "acos",
+    "asin",
+    "cosh",
+    "sinh",
+    "tan",
+    "erfinv",
+    "layer_norm",
+    "group_norm",
+    "softplus",
+    "mse_loss",
+    "l1_loss",
+    "nll_loss",
+    "kl_div",
+    "smooth_l1_loss",
+    "huber_loss",
+]
 _WIDENED = {
     getattr(owner, name) for name in _WIDENED_NAMES for owner in (torch, torch.Tensor, F) if hasattr(owner, name)
 } | {torch.Tensor.__pow__, torch.Tensor.__rpow__}
@@ -237,10 +266,12 @@ def cuda_scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def _flash_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
-    """dq in fp32 and a sum per query, rows padded to 128 (flash_api.cpp, mha_bwd); GQA widens dk and dv first."""
+    """Dq in fp32 and a sum per query, rows padded to 128 (flash_api.cpp, mha_bwd); GQA widens dk and dv first."""
     rows, heads, tokens, width = query.shape
     padded_tokens = rounded_up(tokens, 128)
-    return _flash_buffers(rows * padded_tokens, heads, width) + _wide_keys(query, key, rows * key.shape[2], key.shape[1])
+    return _flash_buffers(rows * padded_tokens, heads, width) + _wide_keys(
+        query, key, rows * key.shape[2], key.shape[1]
+    )
 
 
 def _varlen_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> int:

@@ -87,9 +87,7 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
     layer_of = {
-        id(tensor): index
-        for index, layer in enumerate(layers)
-        for tensor in (*layer.parameters(), *layer.buffers())
+        id(tensor): index for index, layer in enumerate(layers) for tensor in (*layer.parameters(), *layer.buffers())
     }
     total, trained = _counts(model, layers, depth)
     return FakeModel(model, attention, mode, layers, layer_of, depth, total, trained)
@@ -97,7 +95,9 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest list of modules, which holds the decoder's layers. Raises ModelError where there is none."""
-    lists = [module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and ".experts" not in name]
+    lists = [
+        module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and ".experts" not in name
+    ]
     if not lists:
         raise ModelError(f"{type(model).__name__} keeps its layers in no list; its memory cannot be estimated")
     return max(lists, key=len)
@@ -118,7 +118,9 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
         plain = sorted(
             (key, value)
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in {"layer_idx", "layer_id"}
+            if isinstance(value, bool | int | float | str)
+            and not key.startswith("_")
+            and key not in {"layer_idx", "layer_id"}
         )
         shapes = tuple((key, tuple(tensor.shape)) for key, tensor in module.named_parameters(recurse=False))
         settings.append((name, type(module).__name__, tuple(plain), shapes))

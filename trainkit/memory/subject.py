@@ -106,11 +106,23 @@ def subject_of(request: Request) -> Subject:
     recipe = read.recipe
     facts = facts if facts and recipe.model.name == request.model else model_facts(recipe.model)
     check_sequence_length(facts, recipe.packing.sequence_length)
+    _check_shares(recipe, request.gpus)
     if recipe.precision == "bf16" and device.capability < AMPERE:
         raise MachineError(f"precision: {request.gpu} has no bf16 arithmetic; set precision: fp16")
     shard = request.shard or ("none" if request.gpus == 1 else "ddp")
     warnings = read.warnings if request.recipe is not None else ()
     return Subject(facts, recipe, warnings, device, capacity, request.gpus, shard)
+
+
+def _check_shares(recipe: Recipe, gpus: int) -> None:
+    """Raise UsageError where a step has too few rows for every GPU to get one micro-batch."""
+    rows = 1 if recipe.training.micro_batch_size == "auto" else recipe.training.micro_batch_size
+    needed, there = rows * gpus * recipe.packing.sequence_length, recipe.training.tokens_per_step
+    if needed > there:
+        raise UsageError(
+            f"training.tokens_per_step: {there:,} tokens are no micro-batch for each of {gpus} GPUs; at least "
+            f"{needed:,} are needed"
+        )
 
 
 def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
@@ -154,5 +166,5 @@ def _tokens_per_step(request: Request, length: int | None) -> Flag:
         tokens, length = written.training.tokens_per_step, length or written.packing.sequence_length
         if request.micro_batch_size is None and written.training.micro_batch_size != "auto":
             rows = written.training.micro_batch_size
-    micro_batch = rows * (length or Packing().sequence_length)
-    return Flag("--sequence-length", "training.tokens_per_step", str(max(1, tokens // micro_batch) * micro_batch))
+    pass_tokens = rows * request.gpus * (length or Packing().sequence_length)  # one micro-batch on every GPU
+    return Flag("--sequence-length", "training.tokens_per_step", str(max(1, tokens // pass_tokens) * pass_tokens))
