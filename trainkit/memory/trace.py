@@ -193,7 +193,7 @@ class Watcher:
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: self.tracker.moment("backward", f"layer {index}", index))
             if index == len(self.layers) - 1:
-                self.tracker.moment("loss", "output head")
+                self.tracker.moment_at_next_birth("loss", "output head")
 
         return hook
 

@@ -52,12 +52,17 @@ class Tracker(TorchDispatchMode):
         self.phase = "start"
         self.place = ""
         self.layer: int | None = None
+        self._next: tuple[str, str] | None = None
 
     def moment(self, phase: str, place: str, layer: int | None = None) -> None:
         """From here on the step is at ``place`` (which is in ``layer``, or in none)."""
-        self.phase, self.place, self.layer = phase, place, layer
+        self.phase, self.place, self.layer, self._next = phase, place, layer, None
         index = self._moments.setdefault((phase, place), len(self._moments))
         self._events.append((Kind.MOMENT, index, layer))
+
+    def moment_at_next_birth(self, phase: str, place: str) -> None:
+        """The step goes to ``place`` with the next piece of memory: what dies until then belongs to what came before."""
+        self._next = (phase, place)
 
     def own(self, tensor: torch.Tensor, part: str, layer: int | None) -> None:
         """Count ``tensor`` to ``part``, whether it is new here or was born unnoticed."""
@@ -111,8 +116,7 @@ class Tracker(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 for storage in _storages(leaf):
                     if _address(storage) not in self._known:
-                        layer = self._owner(args, index, len(leaves))
-                        self._birth(storage, self._part(), layer, adds_gradients=adds)
+                        self._birth(storage, None, self._owner(args, index, len(leaves)), adds_gradients=adds)
         return out
 
     def _part(self) -> str:
@@ -140,10 +144,13 @@ class Tracker(TorchDispatchMode):
         return None if piece is None else self._pieces[piece].layer
 
     def _birth(
-        self, storage: torch.UntypedStorage, part: str, layer: int | None, *, adds_gradients: bool = False
+        self, storage: torch.UntypedStorage, part: str | None, layer: int | None, *, adds_gradients: bool = False
     ) -> None:
+        if self._next is not None:
+            self.moment(*self._next)
+            layer = None
         number, address = len(self._pieces), _address(storage)
-        piece = _Piece(storage.nbytes(), part, layer, adds_gradients)
+        piece = _Piece(storage.nbytes(), part or self._part(), layer, adds_gradients)
         self._pieces.append(piece)
         self._known[address] = number
         self._events.append((Kind.BIRTH, number, self.layer if self.layer is not None else layer))
@@ -182,14 +189,15 @@ class Tracker(TorchDispatchMode):
                 continue
             for later in range(index + 1, min(index + 4, len(events))):
                 follower, dead, _ = events[later]
-                if follower == Kind.DEATH and self._pieces[dead].nbytes == self._pieces[number].nbytes:
+                is_term = dead < number and self._pieces[dead].nbytes == self._pieces[number].nbytes
+                if follower == Kind.DEATH and is_term:
                     events.insert(index, events.pop(later))
                     break
         return events
 
 
 def _in_layer_order(events: list[tuple[Kind, int, int | None]]) -> list[tuple[Kind, int, int | None]]:
-    """The events, deaths that follow each other outside of any layer sorted by layer: they come from unordered sets."""
+    """The events, deaths that follow each other outside of any layer sorted: they come from unordered sets."""
     ordered: list[tuple[Kind, int, int | None]] = []
     within: int | None = None
     for kind, group in groupby(events, key=lambda event: event[0]):
@@ -197,7 +205,7 @@ def _in_layer_order(events: list[tuple[Kind, int, int | None]]) -> list[tuple[Ki
         if kind == Kind.MOMENT:
             within = same[-1][2]
         if kind == Kind.DEATH and within is None:
-            same.sort(key=lambda event: (event[2] is None, event[2] or 0))
+            same.sort(key=lambda event: (event[2] is None, event[2] or 0, event[1]))
         ordered += same
     return ordered
 
