@@ -82,8 +82,9 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
         rows = rows_for_auto(scenario, capacity, ask)
         scenario = scenario.with_micro_batch_size(max(rows, 1))
     found = ask(scenario)
-    said = _as_json(subject, scenario, found)
-    _show_subject(subject, scenario, found, console)
+    parameters = _model_parameters(subject, scenario, found, ask)
+    said = {"model": subject.facts.name, "parameters": parameters} | _as_json(scenario, found)
+    _show_subject(subject, scenario, parameters, found, console)
     _show_parts(found, scenario, console)
     if capacity is not None:
         said |= _show_verdict(subject, scenario, found, capacity, ask, console)
@@ -104,11 +105,19 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
         )
 
 
-def _show_subject(subject: Subject, scenario: Scenario, found: Estimate, console: Console) -> None:
+def _model_parameters(subject: Subject, scenario: Scenario, found: Estimate, ask: Question) -> int:
+    """The model's own parameters: an estimate counts the adapter's too."""
+    known = known_models().get(subject.facts.name)
+    if known is not None:
+        return known.parameters
+    return found.parameters if scenario.adapter is None else ask(replace(scenario, adapter=None)).parameters
+
+
+def _show_subject(subject: Subject, scenario: Scenario, parameters: int, found: Estimate, console: Console) -> None:
     share = 100 * found.trainable_parameters / found.parameters
     console.show(
-        f"{subject.facts.name} ({subject.facts.source}): {found.parameters:,} parameters, "
-        f"{found.trainable_parameters:,} trained ({share:.{1 if share >= 1 else 3}f} %)"
+        f"{subject.facts.name} ({subject.facts.source}): {parameters:,} parameters; "
+        f"{found.trainable_parameters:,} train ({share:.{1 if share >= 1 else 3}f} %)"
     )
     accumulated = f", {scenario.micro_batches} of them a step" if scenario.micro_batches > 1 else ""
     devices = f"; {scenario.gpus} GPUs, {scenario.shard}: figures are for each" if scenario.gpus > 1 else ""
@@ -167,10 +176,7 @@ def _show_verdict(
         f"up to {gib(capacity.to_fill_bytes)}, 97 %, counts as fitting"
     )
     limit = ", all its positions" if tokens == subject.facts.positions else ""
-    console.show(
-        f"largest micro-batch: {rows:,} rows of {scenario.sequence_length:,} tokens; "
-        f"longest row: {tokens:,} tokens{limit}, with {_rows_words(scenario).partition(' of ')[0]}"
-    )
+    console.show(f"largest micro-batch that fits: {rows:,} of these rows; longest row: {tokens:,} tokens{limit}")
     advice = changes(scenario, capacity, ask) if word != "fits" else []
     if word != "fits":
         console.show()
@@ -207,10 +213,8 @@ def _change_as_json(change: Change) -> dict[str, Any]:
     }
 
 
-def _as_json(subject: Subject, scenario: Scenario, found: Estimate) -> dict[str, Any]:
+def _as_json(scenario: Scenario, found: Estimate) -> dict[str, Any]:
     return {
-        "model": subject.facts.name,
-        "parameters": found.parameters,
         "trainable_parameters": found.trainable_parameters,
         "peak_allocated_bytes": found.peak_allocated_bytes,
         "peak_reserved_bytes": found.peak_reserved_bytes,
@@ -236,8 +240,10 @@ def _as_json(subject: Subject, scenario: Scenario, found: Estimate) -> dict[str,
 
 def _show_textbook(request: Request, subject: Subject, ask: Question, console: Console) -> None:
     """The arithmetic of textbooks for the number in a name and for the exact models, and what it leaves out."""
-    lora = ask(replace(subject.scenario(), adapter=subject.recipe.adapter or Adapter()))
-    counted = columns(request.model or subject.facts.name, Column(subject.facts.name, lora.parameters))
+    scenario = replace(subject.scenario(), adapter=subject.recipe.adapter or Adapter())
+    lora = ask(scenario)
+    exact = Column(subject.facts.name, _model_parameters(subject, scenario, lora, ask))
+    counted = columns(request.model or subject.facts.name, exact)
     table = lines(counted, lora.trainable_parameters)
     cells = [["parameters", *(f"{column.parameters:,}" for column in counted)]]
     for line in table:
@@ -270,13 +276,16 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
     """Every known model with the first method that fits, one row in a micro-batch."""
     _, capacity = device_and_capacity(request)
     assert capacity is not None
-    ask_anew = lambda scenario: estimate(scenario, exact=request.exact)  # noqa: E731
+
+    def ask(scenario: Scenario) -> Estimate:
+        return estimate(scenario, exact=request.exact)
+
     listed: list[dict[str, Any]] = []
     for number, model in enumerate(known_models().values(), start=1):
         facts: dict[str, Any] = {"model": model.name, "parameters": model.parameters}
         try:
             subject = subject_of(replace(request, fits=None, model=model.name))
-            best = cheapest_method(subject.scenario(), model.parameters, capacity, remembering(ask_anew))
+            best = cheapest_method(subject.scenario(), model.parameters, capacity, remembering(ask))
         except ModelError as error:
             listed.append(facts | {"method": None, "why": str(error)})
         else:

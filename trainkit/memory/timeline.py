@@ -20,24 +20,24 @@ def draw_timeline(figure: Any, found: Estimate, title: str, capacity: Capacity |
     """Fill an empty figure of matplotlib's with an estimate's timeline; only parts that are ever there are named."""
     axes = figure.add_subplot()
     points = found.timeline
-    moments = range(len(points))
+    moments = range(len(points) + 1)  # each lasts up to the next, the last one too
     there = [
         (part, colour) for part, colour in zip(PARTS, COLOURS, strict=True) if any(p.parts.get(part) for p in points)
     ]
     axes.stackplot(
         moments,
-        [[point.parts.get(part, 0) / GIB for point in points] for part, _ in there],
+        [[point.parts.get(part, 0) / GIB for point in (*points, points[-1])] for part, _ in there],
         labels=[part for part, _ in there],
         colors=[colour for _, colour in there],
         step="post",
         linewidth=0,
     )
     _mark_phases(axes, found)
-    peak = max(moments, key=lambda moment: points[moment].total_bytes)
+    peak = max(range(len(points)), key=lambda moment: points[moment].total_bytes)
     height = points[peak].total_bytes / GIB
     axes.annotate(
         f"peak {height:,.2f} GiB\n{found.peak_phase}: {found.peak_place}",
-        (peak, height),
+        (peak + 0.5, height),
         xytext=(0, 14),
         textcoords="offset points",
         ha="center",
@@ -50,7 +50,7 @@ def draw_timeline(figure: Any, found: Estimate, title: str, capacity: Capacity |
         if limit < 2 * height:  # a line far above would flatten the picture
             axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"{capacity.name}: {limit:,.2f} GiB")
             top = max(top, limit * 1.1)
-    axes.set(xlim=(0, max(moments)), ylim=(0, top), ylabel="allocated, GiB", title=title, xticks=[])
+    axes.set(xlim=(0, len(points)), ylim=(0, top), ylabel="allocated, GiB", title=title, xticks=[])
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8, reverse=True)
 
 
