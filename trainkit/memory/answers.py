@@ -36,8 +36,15 @@ class Answers(TorchDispatchMode):
             return True
         if not tensor.is_floating_point():
             return 1
-        # No norm and no loss is 0 in earnest; but it is finite, and as a count of overflows it is right.
-        return 2.0**16 if self._scaler is not None and tensor is self._scaler._scale else 0.0  # noqa: SLF001
+        if self._scaler is not None and tensor is self._scaler._scale:  # noqa: SLF001 - GradScaler shows it nowhere
+            return 2.0**16
+        return 0.0 if self._counts_overflows(tensor) else 1.0
+
+    def _counts_overflows(self, tensor: torch.Tensor) -> bool:
+        if self._scaler is None:
+            return False
+        states = self._scaler._per_optimizer_states.values()  # noqa: SLF001
+        return any(tensor is found for state in states for found in state["found_inf_per_device"].values())
 
 
 def _positions(indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -112,8 +112,11 @@ def cpu_substitutes() -> dict[Any, Callable[..., Any]]:
 
 
 def _backward(loss: torch.Tensor, gradient: torch.Tensor | None = None, **_: Any) -> None:
-    """What Tensor.backward does, without its own call of the function modes; nobody here keeps a graph."""
-    torch.autograd.backward(loss, torch.ones_like(loss) if gradient is None else gradient)
+    """What Tensor.backward does; every function of torch above the engine would switch the mode off again."""
+    gradient = torch.ones_like(loss) if gradient is None else gradient
+    torch.autograd.graph._engine_run_backward(  # noqa: SLF001 - the engine has no other door
+        (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _widening(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from trainkit.memory.allocator import peak_reserved_bytes
+from trainkit.memory.replay import CUDA_BLOCK_BYTES, highest_moments, rounded_up
 
-    from trainkit.memory.scenario import Scenario
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from trainkit.memory.event_log import EventLog
+    from trainkit.memory.replay import Moment
+    from trainkit.memory.scenario import Device, Scenario
 
 Phase = Literal["forward", "loss", "backward", "optimizer"]
 
@@ -21,9 +27,12 @@ PARTS = (
     "activations",
     "logits and loss",
     "temporary buffers",
+    "library workspaces",
     "sharding buffers",
     "allocator rounding",
 )
+
+_MOST_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,11 @@ class Estimate:
     """What a step takes on one device; bytes, and counts of numbers.
 
     ``parts`` are those of :data:`PARTS`, at the peak; they add up to ``peak_allocated_bytes``. ``weights`` are the
-    model's own, in whatever type they are stored (fp32 where they train: there are no second, master weights).
-    ``peak_reserved_bytes`` is what the caching allocator holds of the device for it; the device's context comes on top.
-    ``timeline`` runs through one step, thinned, its peak kept. ``remarks`` are sentences that a reader should know.
+    model's own, in whatever type they are stored (fp32 where they train: there are no second, master weights), and
+    ``parameters`` counts them, adapters apart. ``peak_reserved_bytes`` is what the caching allocator holds of the
+    device for it; the device's context comes on top. On the CPU nothing is reserved beyond what is allocated, and the
+    process itself comes on top. ``timeline`` runs through one step, thinned, its peak kept. ``remarks`` are sentences
+    that a reader should know.
     """
 
     parameters: int
@@ -69,6 +80,56 @@ def estimate(scenario: Scenario, *, exact: bool = False) -> Estimate:
     ``exact`` traces the step even where the quick engine has the answer. Raises ModelError for a model that cannot be
     built or traced, UsageError for an adapter that does not fit it, and MachineError for a missing package.
     """
-    from trainkit.memory.trace import trace_step  # torch
+    started = time.perf_counter()
+    from trainkit.memory.trace import trace  # torch
 
-    return trace_step(scenario)
+    traced = trace(scenario)
+    peak, reserved, timeline = measure(traced.log, scenario.device)
+    return Estimate(
+        parameters=traced.parameters,
+        trainable_parameters=traced.trainable_parameters,
+        peak_allocated_bytes=peak.total_bytes,
+        peak_reserved_bytes=reserved,
+        peak_phase=peak.phase,
+        peak_place=peak.place,
+        parts=peak.parts,
+        timeline=timeline,
+        engine="trace",
+        seconds=time.perf_counter() - started,
+        remarks=traced.remarks,
+    )
+
+
+def measure(log: EventLog, device: Device) -> tuple[Point, int, tuple[Point, ...]]:
+    """The highest point of a step, the bytes reserved for it, and the points that lead through it."""
+    on_cuda = device.kind == "cuda"
+    moments = list(highest_moments(log, CUDA_BLOCK_BYTES if on_cuda else 1))
+    # In steady state the workspaces are there from the start.
+    workspace_bytes = sum(size for _, size in workspaces(device))
+    points = [_point(moment, workspace_bytes) for moment in moments if moment.phase != "start"]
+    peak = max(points, key=lambda point: point.total_bytes)
+    reserved = peak_reserved_bytes(log, workspaces(device)) if on_cuda else peak.total_bytes
+    return peak, reserved, _thinned(points, peak)
+
+
+def workspaces(device: Device) -> tuple[tuple[Phase, int], ...]:
+    """cuBLAS's buffers: the phase in which each is first needed, and its bytes.
+
+    One for each thread that multiplies matrices, autograd's being the second. Sizes are the defaults of
+    aten/src/ATen/cuda/CublasHandlePool.cpp: 8 MiB and 128 KiB, or 32 MiB from Hopper on.
+    """
+    if device.kind == "cpu":
+        return ()
+    size = 32 * 2**20 if device.capability >= (9, 0) else 8 * 2**20 + 128 * 2**10
+    return (("forward", rounded_up(size, CUDA_BLOCK_BYTES)), ("loss", rounded_up(size, CUDA_BLOCK_BYTES)))
+
+
+def _point(moment: Moment, workspace_bytes: int) -> Point:
+    found = {**moment.bytes_by_part, "library workspaces": workspace_bytes}
+    return Point(moment.phase, moment.place, {part: found.get(part, 0) for part in PARTS})  # type: ignore[arg-type]
+
+
+def _thinned(points: Sequence[Point], peak: Point) -> tuple[Point, ...]:
+    """At most some hundred points at equal distances, and the peak."""
+    distance = -(-len(points) // _MOST_POINTS)
+    return tuple(point for index, point in enumerate(points) if index % distance == 0 or point is peak)
