@@ -175,15 +175,11 @@ def _cheapest(tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, a
 
 
 def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
+    least_bytes = _least_bytes(scenario, ask(asked).parameters)
     for gpus in GPU_COUNTS:
-        for checkpointing in (False, True):
-            tried = replace(
-                scenario,
-                gpus=gpus,
-                shard="fsdp2",
-                activation_checkpointing=scenario.activation_checkpointing or checkpointing,
-            )
-            if fitting(tried, capacity, ask):
+        for checkpointing in dict.fromkeys((scenario.activation_checkpointing, True)):
+            tried = replace(scenario, gpus=gpus, shard="fsdp2", activation_checkpointing=checkpointing)
+            if least_bytes / gpus <= capacity.to_fill_bytes and fitting(tried, capacity, ask):
                 return _change(
                     tried, f"{gpus} such GPUs that share the weights (--gpus {gpus} --shard fsdp2)", asked, ask
                 )
@@ -234,12 +230,12 @@ def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capaci
         return process_bytes(ask(scenario), scenario.device)
 
     limit = capacity.to_fill_bytes
-    low, low_need = 1, need(1)
-    if low_need > limit:
-        return 0
     high, high_need = most, need(most)
     if high_need <= limit:
         return most
+    low, low_need = 1, need(1)
+    if low_need > limit:
+        return 0
     by_line = True
     while high - low > 1:
         guess = low + int((limit - low_need) / (high_need - low_need) * (high - low)) if by_line else (low + high) // 2
