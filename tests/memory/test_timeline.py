@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from trainkit.errors import MachineError, UsageError
-from trainkit.memory.estimate import Estimate, Phase, Point
-from trainkit.memory.timeline import draw_timeline
+from trainkit.memory.estimate import PARTS, Estimate, Phase, Point
+from trainkit.memory.timeline import COLOURS, draw_timeline
 from trainkit.memory.verdict import Capacity
 from trainkit.plotting import check_plot_path, new_figure, save
 
@@ -26,6 +26,11 @@ POINTS = tuple(
     for (phase, place), size in zip(PHASES, (1, 2, 3, 0), strict=True)
 )
 FOUND = Estimate(10**9, 10**9, 7 * GIB, 8 * GIB, "backward", "layer 1", POINTS[2].parts, POINTS, "trace", 1.0)
+
+
+def test_every_part_has_a_colour_of_its_own() -> None:
+    assert tuple(COLOURS) == PARTS
+    assert len(set(COLOURS.values())) == len(PARTS)
 
 
 def test_each_part_that_is_there_is_stacked_with_its_bytes() -> None:

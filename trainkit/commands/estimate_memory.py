@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainkit.console import Console
-from trainkit.errors import MachineError, ModelError
+from trainkit.errors import MachineError, ModelError, UsageError
 from trainkit.memory.advice import (
     Change,
     Method,
@@ -286,7 +286,7 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
         try:
             subject = subject_of(replace(request, fits=None, model=model.name))
             best = cheapest_method(subject.scenario(), model.parameters, capacity, remembering(ask))
-        except ModelError as error:
+        except (ModelError, UsageError) as error:
             listed.append(facts | {"method": None, "why": str(error)})
         else:
             listed.append(facts | _method_as_json(best, subject))

@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from trainkit.memory.verdict import Capacity
 
 # One colour a part, told apart by lightness as well as by hue (after Okabe and Ito's palette).
-COLOURS = ("#4d4d4d", "#0072b2", "#56b4e9", "#9ecae1", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#bbbbbb")
+COLOURS = {
+    "weights": "#4d4d4d",
+    "adapters": "#0072b2",
+    "gradients": "#56b4e9",
+    "optimizer state": "#9ecae1",
+    "activations": "#e69f00",
+    "logits and loss": "#d55e00",
+    "temporary buffers": "#cc79a7",
+    "library workspaces": "#f0e442",
+    "sharding buffers": "#009e73",
+    "allocator rounding": "#bbbbbb",
+}
 
 
 def draw_timeline(figure: Any, found: Estimate, title: str, capacity: Capacity | None) -> None:
@@ -21,14 +32,12 @@ def draw_timeline(figure: Any, found: Estimate, title: str, capacity: Capacity |
     axes = figure.add_subplot()
     points = found.timeline
     moments = range(len(points) + 1)  # each lasts up to the next, the last one too
-    there = [
-        (part, colour) for part, colour in zip(PARTS, COLOURS, strict=True) if any(p.parts.get(part) for p in points)
-    ]
+    there = [part for part in PARTS if any(point.parts.get(part) for point in points)]
     axes.stackplot(
         moments,
-        [[point.parts.get(part, 0) / GIB for point in (*points, points[-1])] for part, _ in there],
-        labels=[part for part, _ in there],
-        colors=[colour for _, colour in there],
+        [[point.parts.get(part, 0) / GIB for point in (*points, points[-1])] for part in there],
+        labels=there,
+        colors=[COLOURS[part] for part in there],
         step="post",
         linewidth=0,
     )
