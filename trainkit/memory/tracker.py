@@ -108,8 +108,6 @@ class Tracker(TorchDispatchMode):
         if any(_is_distributed(kind) for kind in types):
             return NotImplemented  # a DTensor turns into operators on its local part first
         out = func(*args, **(kwargs or {}))
-        if scratch := self._scratch_bytes(func, args):
-            self._events.append((Kind.SCRATCH, scratch, self._owner(args, 0, 1)))
         adds = func is aten.add.Tensor and self.phase in _WITH_BACKWARD and not torch.is_grad_enabled()
         leaves = [out] if isinstance(out, torch.Tensor) else tree_leaves(out)
         for index, leaf in enumerate(leaves):
@@ -117,6 +115,8 @@ class Tracker(TorchDispatchMode):
                 for storage in _storages(leaf):
                     if _address(storage) not in self._known:
                         self._birth(storage, None, self._owner(args, index, len(leaves)), adds_gradients=adds)
+        if scratch := self._scratch_bytes(func, args):  # kernels make room for their outputs first
+            self._events.append((Kind.SCRATCH, scratch, self._owner(args, 0, 1)))
         return out
 
     def _part(self) -> str:
