@@ -110,7 +110,7 @@ def step_log(scenario: Scenario, model: FakeModel) -> EventLog:
         make_state(run.optimizer)
         if scenario.micro_batches > 1:
             _give_gradients(run.loss_model)
-        batch = _batch(scenario)
+        batch = make_batch_of(scenario)
         tracker = Tracker(cuda_scratch_bytes if cuda else _no_scratch)
         watcher = Watcher(tracker, model.layers, model.layer_of)
         substitutes = cuda_substitutes(scenario.device.capability) if cuda else cpu_substitutes()
@@ -237,7 +237,7 @@ def _plain_step(run: _Run, batch: Batch) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def _batch(scenario: Scenario) -> Batch:
+def make_batch_of(scenario: Scenario) -> Batch:
     """Full rows, every token trained; a row's documents differ in length, so that they are not one call."""
     rows, length, documents = scenario.micro_batch_size, scenario.sequence_length, scenario.documents_per_row
     short = length // documents

@@ -33,7 +33,7 @@ class _Piece:
     nbytes: int
     part: str
     layer: int | None
-    adds_gradients: bool = False
+    added_to: int | None = None  # for a sum of two gradients: the piece of the first
     alive: bool = True
 
 
@@ -108,15 +108,16 @@ class Tracker(TorchDispatchMode):
         if any(_is_distributed(kind) for kind in types):
             return NotImplemented  # a DTensor turns into operators on its local part first
         out = func(*args, **(kwargs or {}))
-        if scratch := self._scratch_bytes(func, args):
-            self._events.append((Kind.SCRATCH, scratch, self._owner(args, 0, 1)))
         adds = func is aten.add.Tensor and self.phase in _WITH_BACKWARD and not torch.is_grad_enabled()
+        added_to = self._piece_of(args[0]) if adds else None
         leaves = [out] if isinstance(out, torch.Tensor) else tree_leaves(out)
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
                 for storage in _storages(leaf):
                     if _address(storage) not in self._known:
-                        self._birth(storage, None, self._owner(args, index, len(leaves)), adds_gradients=adds)
+                        self._birth(storage, None, self._owner(args, index, len(leaves)), added_to=added_to)
+        if scratch := self._scratch_bytes(func, args):  # kernels make room for their outputs first
+            self._events.append((Kind.SCRATCH, scratch, self._owner(args, 0, 1)))
         return out
 
     def _part(self) -> str:
@@ -140,17 +141,20 @@ class Tracker(TorchDispatchMode):
         return None
 
     def _layer_of(self, tensor: torch.Tensor) -> int | None:
-        piece = next((self._known.get(_address(storage)) for storage in _storages(tensor)), None)
+        piece = self._piece_of(tensor)
         return None if piece is None else self._pieces[piece].layer
 
+    def _piece_of(self, tensor: torch.Tensor) -> int | None:
+        return next((self._known.get(_address(storage)) for storage in _storages(tensor)), None)
+
     def _birth(
-        self, storage: torch.UntypedStorage, part: str | None, layer: int | None, *, adds_gradients: bool = False
+        self, storage: torch.UntypedStorage, part: str | None, layer: int | None, *, added_to: int | None = None
     ) -> None:
         if self._next is not None:
             self.moment(*self._next)
             layer = None
         number, address = len(self._pieces), _address(storage)
-        piece = _Piece(storage.nbytes(), part or self._part(), layer, adds_gradients)
+        piece = _Piece(storage.nbytes(), part or self._part(), layer, added_to)
         self._pieces.append(piece)
         self._known[address] = number
         self._events.append((Kind.BIRTH, number, self.layer if self.layer is not None else layer))
@@ -178,19 +182,18 @@ class Tracker(TorchDispatchMode):
         self._birth(storage, piece.part, piece.layer)
 
     def _accumulated_in_place(self) -> list[tuple[Kind, int, int | None]]:
-        """The events, each sum of two gradients taking the place of one of them.
+        """The events, each sum of two gradients taking the place of the first where autograd would add in place.
 
-        Autograd adds in place when nobody looks and out of place under a dispatch mode. So a sum is followed by the
-        death of one of its terms, which is put before it.
+        Under a dispatch mode it adds out of place always; in earnest it does so only where somebody else holds the
+        first gradient (``can_accumulate_inplace`` in autograd/input_buffer.cpp). Where nobody does, that dies right
+        after the sum is born; its death is put before.
         """
         events = list(self._events)
         for index, (kind, number, _) in enumerate(events):
-            if kind != Kind.BIRTH or not self._pieces[number].adds_gradients:
+            if kind != Kind.BIRTH or (first := self._pieces[number].added_to) is None:
                 continue
             for later in range(index + 1, min(index + 4, len(events))):
-                follower, dead, _ = events[later]
-                is_term = dead < number and self._pieces[dead].nbytes == self._pieces[number].nbytes
-                if follower == Kind.DEATH and is_term:
+                if events[later][:2] == (Kind.DEATH, first):
                     events.insert(index, events.pop(later))
                     break
         return events
