@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,6 +264,37 @@ def test_the_list_for_people(capsys: Said) -> None:
     assert said.startswith("One row of 1,024 tokens in 24.00 GiB\n")
     assert "fit by no method: " in said
     assert "llama-3.3-70b" in said.partition("fit by no method: ")[2]
+
+
+# With the engines themselves
+
+
+def test_the_weights_of_a_real_estimate_are_the_models_own(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "llama-3.1-8b", "--adapter", "lora", "--json", "--exact"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    parameters = known_models()["llama-3.1-8b"].parameters
+    assert found["engine"] == "trace"
+    assert found["parts"]["weights"] == pytest.approx(2 * parameters, rel=1e-4)
+    assert found["parts"]["adapters"] == 4 * found["trainable_parameters"]
+    assert found["parts"]["optimizer state"] == pytest.approx(8 * found["trainable_parameters"], rel=1e-4)
+    assert sum(found["parts"].values()) == found["peak_allocated_bytes"] <= found["peak_reserved_bytes"]
+
+
+def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
+    program = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "from trainkit.cli import run\n"
+        "sys.exit(run(['estimate-memory', '--model', 'smollm2-135m', '--adapter', 'qlora', '--exact', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["method"] == "qlora"
+    # 106 million numbers of linear layers in half a byte each, 28 million of the embedding in two bytes
+    assert found["parts"]["weights"] == pytest.approx(0.515 * 106.2e6 + 2 * 28.3e6, rel=0.02)
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
