@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.setting import add_options
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainkitError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(json.dumps(_circumstances(options) | found) if options.json else table(found))
+    print(json.dumps(_circumstances(options) | found, default=str) if options.json else table(found))
     return 0
 
 
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "DeepSpeed where they are installed; with a CUDA device, beside what real steps take.",
     )
     memory.add_argument("--grid", action="store_true", help="only measure on the GPU")
+    memory.add_argument("--published", type=Path, metavar="FILE", help="only hold against published T4 measurements")
     memory.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -6,6 +6,7 @@ would look up on the hub is given to them.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -17,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from trainkit.memory.estimate import estimate
 from trainkit.memory.models import known_models
 from trainkit.memory.scenario import Device, Scenario
-from trainkit.memory.sizes import GIB
+from trainkit.memory.sizes import GIB, MIB
 from trainkit.recipe.schema import Adapter
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -58,10 +59,13 @@ class Case:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Both tables; the second is empty without a GPU."""
+    """The tables; that of the GPU is empty without one, that of published measurements without their file."""
     import torch
 
-    found: dict[str, Any] = {"peers": _versions(), "side_by_side": [], "grid": []}
+    found: dict[str, Any] = {"peers": _versions(), "side_by_side": [], "grid": [], "published": []}
+    if options.published is not None:
+        lines = options.published.read_text(encoding="utf-8").splitlines()
+        return found | {"published": [_published(json.loads(line)) for line in lines]}
     if not options.grid:
         found["side_by_side"] = [_side_by_side(case) for case in _cases()]
     if torch.cuda.is_available():
@@ -71,6 +75,8 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """What :func:`measure_memory` found, for people; GiB."""
+    if found["published"]:
+        return "\n".join(_published_lines(found["published"]))
     lines = [", ".join(f"{name} {version}" for name, version in found["peers"].items())]
     columns = ("trainkit", "accelerate", "fitcheck", "zero2", "zero3")
     lines.append(f"{'model':<14}{'method':<8}{'rows':>5}{'ckpt':>6}" + "".join(f"{name:>12}" for name in columns))
@@ -184,6 +190,45 @@ def _zero3_bytes(case: Case) -> float | None:
         known.parameters, largest, cpu_offload=False, cpu_offload_params=False, zero_init=True
     )
     return float(gpu)
+
+
+def _published(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A measurement on a Tesla T4 and the estimate for it: transformers' plain loop, fp16, q, k, v and o adapted."""
+    four_bit = row["base_quantization"] == "nf4"
+    scenario = Scenario(
+        config=known_models()[row["model"]].config,
+        sequence_length=row["sequence_length"],
+        micro_batch_size=row["batch_size"],
+        adapter=Adapter(
+            type="qlora" if four_bit else "lora",
+            r=row["lora_r"],
+            target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        ),
+        precision="fp16",
+        frozen_storage="fp16",
+        activation_checkpointing=True,
+        attention="eager" if row["attention"] == "eager" else "sdpa",
+        device=Device("cuda", (7, 5)),
+        loop="transformers",
+    )
+    predicted = estimate(scenario, exact=True)
+    return {
+        "base": "4 bit" if four_bit else "fp16",
+        "allocated_bytes": row["peak_allocated_mib"] * MIB,
+        "reserved_bytes": row["peak_reserved_mib"] * MIB,
+        "predicted_allocated_bytes": predicted.peak_allocated_bytes,
+        "predicted_reserved_bytes": predicted.peak_reserved_bytes,
+    }
+
+
+def _published_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Errors of the estimates, by the type of the base model and all together."""
+    for base in ("fp16", "4 bit", "all"):
+        for kind in ("allocated", "reserved"):
+            errors = [_error(row, kind) for row in rows if base in (row["base"], "all")]
+            mean = sum(map(abs, errors)) / len(errors)
+            extent = f"from {min(errors):+.2%} to {max(errors):+.2%}"
+            yield f"{base:<6}{len(errors):>4} rows  {kind:<10} mean {mean:.2%}, {extent}"
 
 
 def _versions() -> dict[str, str]:
