@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from trainkit.errors import ModelError, UsageError
 from trainkit.memory.estimate import PARTS, estimate
-from trainkit.memory.event_log import TRACED_LAYERS, NotPeriodicError, unfold
+from trainkit.memory.event_log import TRACED, Axis, unfold
 from trainkit.memory.fake_model import equal_layers, fake_model, parse_config
 from trainkit.memory.scenario import Device, Scenario
 from trainkit.memory.trace import make_batch_of, step_log

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from trainkit.errors import ModelError, TrainkitError
-from trainkit.memory.event_log import TRACED_LAYERS
+from trainkit.memory.event_log import TRACED
 from trainkit.memory.four_bit import FourBitLinear, quantise
 from trainkit.model.adapters import attach_adapter, trained_share
 from trainkit.model.attention import AttentionChoice, choose_attention
@@ -73,13 +73,13 @@ def parse_config(config: Mapping[str, Any]) -> Any:
 
 
 def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
-    """The model of a scenario; with :data:`TRACED_LAYERS` layers unless ``full_depth`` or it has fewer.
+    """The model of a scenario; with :data:`TRACED` layers unless ``full_depth`` or it has fewer.
 
     Raises ModelError where it cannot be built, UsageError for an adapter that does not fit it.
     """
     whole = parse_config(scenario.config)
     depth = whole.get_text_config().num_hidden_layers
-    built = depth if full_depth else min(depth, TRACED_LAYERS)
+    built = depth if full_depth else min(depth, TRACED)
     device = torch.device(scenario.device.kind)
     attention = choose_attention(scenario.attention, device, whole, capability=scenario.device.capability)
     model = _adapted(_base_model(scenario, parse_config(_with_layers(scenario.config, built)), attention), scenario)
@@ -233,18 +233,19 @@ def _counts(model: nn.Module, layers: nn.ModuleList, depth: int) -> tuple[int, i
         middle = Counter(trained_counts(layers[-2]))
         for name, count in middle.items():
             total[name] += (depth - len(layers)) * count
-    return total["all"], total["trained"]
+    return total["own"], total["trained"]
 
 
 def trained_counts(module: nn.Module) -> dict[str, int]:
-    """Numbers in a module's parameters: ``all`` of them (unpacked) and those ``trained``."""
+    """Numbers in a module's parameters: the model's ``own`` (unpacked, without adapters) and those ``trained``."""
     share = trained_share(module)
     packed = sum(
         child.in_features * child.out_features - child.weight.numel()
         for child in module.modules()
         if isinstance(child, FourBitLinear)
     )
-    return {"all": share.total + packed, "trained": share.trained}
+    added = sum(parameter.numel() for name, parameter in module.named_parameters() if "lora_" in name)
+    return {"own": share.total + packed - added, "trained": share.trained}
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from trainkit.data.batches import Batch
 from trainkit.errors import ModelError, TrainkitError
 from trainkit.memory.answers import Answers
 from trainkit.memory.device_look import Look, cpu_substitutes, cuda_scratch_bytes, cuda_substitutes
-from trainkit.memory.event_log import EventLog, NotPeriodicError, unfold
+from trainkit.memory.event_log import TRACED, Axis, EventLog, NotPeriodicError, unfold
 from trainkit.memory.fake_model import FakeModel, equal_layers, fake_model
 from trainkit.memory.fake_optimizer import make_state, optimizer_of, state_tensors
 from trainkit.memory.tracker import Tracker
@@ -79,7 +79,9 @@ def trace(scenario: Scenario) -> Trace:
     if equal_layers(scenario.config):
         model = fake_model(scenario, full_depth=False)
         try:
-            log = unfold(_traced(scenario, model), model.depth)
+            log = _traced(scenario, model)
+            if model.depth > TRACED:
+                log = unfold(log, model.depth)
         except NotPeriodicError:
             pass
         else:
@@ -107,7 +109,8 @@ def step_log(scenario: Scenario, model: FakeModel) -> EventLog:
         stack.enter_context(model.mode)
         stack.enter_context(_masks_without_values(repeat_heads=plain))
         run = _plain_run(model) if plain else _run(scenario, model)
-        make_state(run.optimizer)
+        with Answers(None):
+            make_state(run.optimizer)
         if scenario.micro_batches > 1:
             _give_gradients(run.loss_model)
         batch = make_batch_of(scenario)
@@ -123,7 +126,7 @@ def step_log(scenario: Scenario, model: FakeModel) -> EventLog:
                 else:
                     _own_step(run, batch)
             tracker.moment("optimizer", "end")
-    return tracker.log(len(model.layers))
+    return tracker.log()
 
 
 class Watcher:
@@ -133,6 +136,8 @@ class Watcher:
         self.tracker = tracker
         self.layers = layers
         self.layer_of = layer_of
+        self._chunks_left = 0
+        self._backward_through_chunks = False
 
     def inventory(self, model: torch.nn.Module, state: Any, *, adapted: bool) -> None:
         """Own what is there before the step: weights, gradients, the optimizer's state."""
@@ -159,6 +164,9 @@ class Watcher:
     def watching(self, loss_model: torch.nn.Module, model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Inside, every moment of the step is told."""
         hooks: list[Any] = [loss_model.register_forward_pre_hook(self._starts)]
+        hooks.append(loss_model.register_forward_hook(self._loss_is_there))
+        if (head := model.get_output_embeddings()) is not None:
+            hooks.append(head.register_forward_pre_hook(self._chunk_starts))
         for index, layer in enumerate(self.layers):
             hooks.append(layer.register_forward_pre_hook(self._layer_starts(index)))
             hooks.append(layer.register_forward_hook(self._layer_ends(index)))
@@ -177,6 +185,21 @@ class Watcher:
 
     def _starts(self, *_: object) -> None:
         self.tracker.moment("forward", "embedding")
+
+    def _loss_is_there(self, *_: object) -> None:
+        self.tracker.moment("loss", "output head")
+
+    def _chunk_starts(self, *_: object) -> None:
+        """The head runs once for each chunk, forward; and once more in the backward pass, from the last to the first."""
+        if self.tracker.place == "output head" and self._chunks_left:
+            self._backward_through_chunks = True
+        if self._backward_through_chunks:
+            self._chunks_left -= 1
+            index = self._chunks_left
+        else:
+            index = self._chunks_left
+            self._chunks_left += 1
+        self.tracker.moment("loss", Axis.CHUNK.place(index), Axis.CHUNK.label(index))
 
     def _layer_starts(self, index: int) -> Callable[..., None]:
         def hook(*_: object) -> None:

@@ -32,7 +32,7 @@ class _Piece:
 
     nbytes: int
     part: str
-    layer: int | None
+    label: int | None
     added_to: int | None = None  # for a sum of two gradients: the piece of the first
     alive: bool = True
 
@@ -51,39 +51,39 @@ class Tracker(TorchDispatchMode):
         self._resize = torch.UntypedStorage.resize_
         self.phase = "start"
         self.place = ""
-        self.layer: int | None = None
+        self.label: int | None = None
         self._next: tuple[str, str] | None = None
 
-    def moment(self, phase: str, place: str, layer: int | None = None) -> None:
-        """From here on the step is at ``place`` (which is in ``layer``, or in none)."""
-        self.phase, self.place, self.layer, self._next = phase, place, layer, None
+    def moment(self, phase: str, place: str, label: int | None = None) -> None:
+        """From here on the step is at ``place``; ``label`` is of the layer or the chunk that it is in, if any."""
+        self.phase, self.place, self.label, self._next = phase, place, label, None
         index = self._moments.setdefault((phase, place), len(self._moments))
-        self._events.append((Kind.MOMENT, index, layer))
+        self._events.append((Kind.MOMENT, index, label))
 
     def moment_at_next_birth(self, phase: str, place: str) -> None:
         """The step goes to ``place`` with the next piece of memory: what dies until then belongs to what came before."""
         self._next = (phase, place)
 
-    def own(self, tensor: torch.Tensor, part: str, layer: int | None) -> None:
+    def own(self, tensor: torch.Tensor, part: str, label: int | None) -> None:
         """Count ``tensor`` to ``part``, whether it is new here or was born unnoticed."""
         for storage in _storages(tensor):
             piece = self._known.get(_address(storage))
             if piece is None:
-                self._birth(storage, part, layer)
+                self._birth(storage, part, label)
             else:
                 self._pieces[piece].part = part
 
-    def log(self, layers: int) -> EventLog:
-        """What happened, for a model of ``layers`` layers."""
+    def log(self) -> EventLog:
+        """What happened."""
         sizes: dict[int, int] = {}
         allocations = [
-            Allocation(sizes.setdefault(piece.nbytes, len(sizes)), piece.part, piece.layer) for piece in self._pieces
+            Allocation(sizes.setdefault(piece.nbytes, len(sizes)), piece.part, piece.label) for piece in self._pieces
         ]
         events = [
-            Event(kind, sizes.setdefault(subject, len(sizes)) if kind == Kind.SCRATCH else subject, layer)
-            for kind, subject, layer in _in_layer_order(self._accumulated_in_place())
+            Event(kind, sizes.setdefault(subject, len(sizes)) if kind == Kind.SCRATCH else subject, label)
+            for kind, subject, label in self._in_order(self._accumulated_in_place())
         ]
-        return EventLog(layers, allocations, events, list(sizes), list(self._moments))
+        return EventLog(allocations, events, list(sizes), list(self._moments))
 
     def __enter__(self) -> Tracker:
         tracker, resize = self, self._resize
@@ -133,31 +133,31 @@ class Tracker(TorchDispatchMode):
         A list operator's outputs belong to its inputs one by one, its single output (a stack, a norm) to no layer.
         """
         if self.phase != "optimizer" or not args:
-            return self.layer
+            return self.label
         if isinstance(args[0], torch.Tensor):
-            return self._layer_of(args[0])
+            return self._label_of(args[0])
         if isinstance(args[0], list | tuple) and len(args[0]) == count > 1:
-            return self._layer_of(args[0][index])
+            return self._label_of(args[0][index])
         return None
 
-    def _layer_of(self, tensor: torch.Tensor) -> int | None:
+    def _label_of(self, tensor: torch.Tensor) -> int | None:
         piece = self._piece_of(tensor)
-        return None if piece is None else self._pieces[piece].layer
+        return None if piece is None else self._pieces[piece].label
 
     def _piece_of(self, tensor: torch.Tensor) -> int | None:
         return next((self._known.get(_address(storage)) for storage in _storages(tensor)), None)
 
     def _birth(
-        self, storage: torch.UntypedStorage, part: str | None, layer: int | None, *, added_to: int | None = None
+        self, storage: torch.UntypedStorage, part: str | None, label: int | None, *, added_to: int | None = None
     ) -> None:
         if self._next is not None:
             self.moment(*self._next)
-            layer = None
+            label = None
         number, address = len(self._pieces), _address(storage)
-        piece = _Piece(storage.nbytes(), part or self._part(), layer, added_to)
+        piece = _Piece(storage.nbytes(), part or self._part(), label, added_to)
         self._pieces.append(piece)
         self._known[address] = number
-        self._events.append((Kind.BIRTH, number, self.layer if self.layer is not None else layer))
+        self._events.append((Kind.BIRTH, number, self.label if self.label is not None else label))
 
         def dead(_: object) -> None:
             if self._known.get(address) == number:
@@ -171,7 +171,7 @@ class Tracker(TorchDispatchMode):
         piece = self._pieces[number]
         if piece.alive:
             piece.alive = False
-            self._events.append((Kind.DEATH, number, self.layer if self.layer is not None else piece.layer))
+            self._events.append((Kind.DEATH, number, self.label))
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         number = self._known.get(_address(storage))
@@ -179,7 +179,7 @@ class Tracker(TorchDispatchMode):
             return
         piece = self._pieces[number]
         self._death(number)
-        self._birth(storage, piece.part, piece.layer)
+        self._birth(storage, piece.part, piece.label)
 
     def _accumulated_in_place(self) -> list[tuple[Kind, int, int | None]]:
         """The events, each sum of two gradients taking the place of the first where autograd would add in place.
@@ -198,19 +198,37 @@ class Tracker(TorchDispatchMode):
                     break
         return events
 
+    def _in_order(self, events: list[tuple[Kind, int, int | None]]) -> Iterator[tuple[Kind, int, int | None]]:
+        """The events, deaths labelled, and sorted where they come from unordered sets."""
+        here: int | None = None
+        for kind, group in groupby(events, key=lambda event: event[0]):
+            same = list(group)
+            if kind == Kind.MOMENT:
+                here = same[-1][2]
+            if kind == Kind.DEATH:
+                yield from self._labelled(same, here)
+            else:
+                yield from same
 
-def _in_layer_order(events: list[tuple[Kind, int, int | None]]) -> list[tuple[Kind, int, int | None]]:
-    """The events, deaths that follow each other outside of any layer sorted: they come from unordered sets."""
-    ordered: list[tuple[Kind, int, int | None]] = []
-    within: int | None = None
-    for kind, group in groupby(events, key=lambda event: event[0]):
-        same = list(group)
-        if kind == Kind.MOMENT:
-            within = same[-1][2]
-        if kind == Kind.DEATH and within is None:
-            same.sort(key=lambda event: (event[2] is None, event[2] or 0, event[1]))
-        ordered += same
-    return ordered
+    def _labelled(
+        self, deaths: list[tuple[Kind, int, int | None]], here: int | None
+    ) -> Iterator[tuple[Kind, int, int | None]]:
+        """Deaths that follow each other: first those of the place, then the others by owner.
+
+        A layer's pieces, and those of the layer before or after it, die as its own doing. What many layers lose at
+        once, or a layer within a chunk of the loss, each loses itself.
+        """
+        owners = {number: self._pieces[number].label for _, number, _ in deaths}
+        near = here is not None and all(_are_near(owner, here) for owner in owners.values() if owner is not None)
+        own = [(kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)]
+        taken = {number for _, number, _ in own}
+        others = [(kind, number, owners[number]) for kind, number, _ in deaths if number not in taken]
+        yield from own
+        yield from sorted(others, key=lambda event: (event[2] is None, event[2] or 0, event[1]))
+
+
+def _are_near(one: int, other: int) -> bool:
+    return (one < 0) == (other < 0) and abs(one - other) <= 1
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
