@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     Question = Callable[[Scenario], Estimate]
 
-MOST_ROWS = 4096
-MOST_TOKENS = 2**20  # in a row, where the model sets no bound
+MOST_TOKENS = 2**20  # in a micro-batch, or in a row where the model sets no bound
 LENGTH_STEP = 64  # tokens; row lengths are searched in multiples of it
 GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -75,14 +74,18 @@ def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
     return process_bytes(ask(scenario), scenario.device) <= capacity.to_fill_bytes
 
 
-def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question, most: int = MOST_ROWS) -> int:
-    """Rows of the largest micro-batch that fits, everything else unchanged; 0 where not even one row does."""
+def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
+    """Rows of the largest micro-batch that fits, everything else unchanged; 0 where not even one row does.
+
+    Not searched beyond :data:`MOST_TOKENS` tokens.
+    """
+    most = max(MOST_TOKENS // scenario.sequence_length, 1)
     return _largest(lambda rows: replace(scenario, micro_batch_size=rows), most, capacity, ask)
 
 
 def longest_row(scenario: Scenario, capacity: Capacity, ask: Question, positions: int | None) -> int:
     """Tokens of the longest row that fits, everything else unchanged: a multiple of 64, or all ``positions``; or 0."""
-    most = positions or MOST_TOKENS
+    most = min(positions or MOST_TOKENS, MOST_TOKENS)
     steps = -(-most // LENGTH_STEP)
 
     def of_length(step: int) -> Scenario:
@@ -99,6 +102,8 @@ def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_ro
     in_a_step = scenario.micro_batch_size * scenario.micro_batches
     divisors = [rows for rows in range(1, in_a_step + 1) if in_a_step % rows == 0]
     divisors = [rows for rows in divisors if rows == 1 or not most_rows or rows <= most_rows]
+    if fitting(scenario.with_micro_batch_size(divisors[-1]), capacity, ask):
+        return divisors[-1]
     index = _largest(lambda place: scenario.with_micro_batch_size(divisors[place - 1]), len(divisors), capacity, ask)
     return divisors[index - 1] if index else 0
 
@@ -221,8 +226,9 @@ def _smaller_divisors(scenario: Scenario) -> list[int]:
 def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capacity, ask: Question) -> int:
     """The largest n from 1 to ``most`` whose scenario fits; 0 where that of 1 does not.
 
-    The need grows with n, almost in proportion: each guess is where the line through the two ends of the bracket
-    meets the capacity, so that a handful of estimates is enough; every other guess is the middle, in case it bends.
+    The need grows with n, almost in proportion: each guess is where the line through two estimates meets the capacity,
+    so that a handful is enough. Guesses come from below, since a trace takes longer the more tokens there are. Once
+    something is too large, every other guess is the middle, in case the line bends.
     """
 
     def need(number: int) -> int:
@@ -230,20 +236,22 @@ def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capaci
         return process_bytes(ask(scenario), scenario.device)
 
     limit = capacity.to_fill_bytes
-    high, high_need = most, need(most)
-    if high_need <= limit:
-        return most
     low, low_need = 1, need(1)
     if low_need > limit:
         return 0
-    by_line = True
+    high, slope, by_line = most + 1, 0.0, True
     while high - low > 1:
-        guess = low + int((limit - low_need) / (high_need - low_need) * (high - low)) if by_line else (low + high) // 2
+        guess = (low + high) // 2
+        if slope == 0:
+            guess = 2
+        elif by_line or high > most:
+            guess = low + int((limit - low_need) / slope)
         guess = min(max(guess, low + 1), high - 1)
         found = need(guess)
+        slope = max((found - low_need) / (guess - low), 1.0)
         if found <= limit:
             low, low_need = guess, found
         else:
-            high, high_need = guess, found
-        by_line = not by_line
+            high = guess
+            by_line = not by_line
     return low

@@ -220,7 +220,9 @@ class Tracker(TorchDispatchMode):
         """
         owners = {number: self._pieces[number].label for _, number, _ in deaths}
         near = here is not None and all(_are_near(owner, here) for owner in owners.values() if owner is not None)
-        own = [(kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)]
+        own = [
+            (kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)
+        ]
         taken = {number for _, number, _ in own}
         others = [(kind, number, owners[number]) for kind, number, _ in deaths if number not in taken]
         yield from own
