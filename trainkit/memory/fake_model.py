@@ -184,7 +184,8 @@ def _adapted(model: Any, scenario: Scenario) -> Any:
     adapter = scenario.adapter
     if adapter is not None:
         adapter = _without_values(adapter)
-    adapted, _ = attach_adapter(model, adapter, _SEED)
+    with torch.device("meta"):  # where peft makes its factors, before it moves them to the layer's device
+        adapted, _ = attach_adapter(model, adapter, _SEED)
     if scenario.method != "qlora":
         return adapted
     from peft.tuners.lora import LoraLayer

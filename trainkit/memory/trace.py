@@ -101,20 +101,31 @@ def _traced(scenario: Scenario, model: FakeModel) -> EventLog:
         raise ModelError(f"{name}: its step cannot be traced: {type(error).__name__}: {reason}") from error
 
 
-def step_log(scenario: Scenario, model: FakeModel) -> EventLog:
-    """The log of one step of a fake model, at the depth that it was built with."""
+def step_log(
+    scenario: Scenario,
+    model: FakeModel,
+    *,
+    chunk_tokens: int | None = None,
+    scratch_bytes: Callable[[Any, tuple[Any, ...]], int] | None = None,
+) -> EventLog:
+    """The log of one step of a fake model, at the depth that it was built with.
+
+    ``chunk_tokens`` and ``scratch_bytes`` take the place of the device's own.
+    """
     plain = scenario.loop == "transformers"
     cuda = scenario.device.kind == "cuda"
+    scratch_bytes = scratch_bytes or (cuda_scratch_bytes if cuda else _no_scratch)
+    chunk_tokens = chunk_tokens or CHUNK_TOKENS[scenario.device.kind]
     with ExitStack() as stack:
         stack.enter_context(model.mode)
         stack.enter_context(_masks_without_values(repeat_heads=plain))
-        run = _plain_run(model) if plain else _run(scenario, model)
+        run = _plain_run(model) if plain else _run(scenario, model, chunk_tokens)
         with Answers(None):
             make_state(run.optimizer)
         if scenario.micro_batches > 1:
             _give_gradients(run.loss_model)
         batch = make_batch_of(scenario)
-        tracker = Tracker(cuda_scratch_bytes if cuda else _no_scratch)
+        tracker = Tracker(scratch_bytes)
         watcher = Watcher(tracker, model.layers, model.layer_of)
         substitutes = cuda_substitutes(scenario.device.capability) if cuda else cpu_substitutes()
         gc.collect()  # so that nothing of earlier work dies within the step
@@ -228,11 +239,10 @@ class Watcher:
 # --- the step -----------------------------------------------------------------------------------------------------
 
 
-def _run(scenario: Scenario, model: FakeModel) -> _Run:
+def _run(scenario: Scenario, model: FakeModel, chunk_tokens: int) -> _Run:
     precision = types_of(scenario.precision, "")
     head = HeadPath(apart=_head_is_apart(model.model), sentence="")
-    chunk = CHUNK_TOKENS[scenario.device.kind]
-    loss_model = LossModel(model.model, model.attention, precision, head, chunk)
+    loss_model = LossModel(model.model, model.attention, precision, head, chunk_tokens)
     cpu = torch.device("cpu")
     return _Run(
         loss_model=loss_model,
