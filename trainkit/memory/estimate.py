@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trainkit.memory import quick
 from trainkit.memory.allocator import peak_reserved_bytes
+from trainkit.memory.event_log import with_buckets
 from trainkit.memory.replay import CUDA_BLOCK_BYTES, highest_moments, rounded_up
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ PARTS = (
     "allocator rounding",
 )
 
+BYTES_OF_GRADIENT = 4  # what trains is stored in fp32, and so are its gradients
 _MOST_POINTS = 200
 
 
@@ -93,6 +95,8 @@ def estimate(scenario: Scenario, *, exact: bool = False) -> Estimate:
         traced = trace(scenario)
         engine, log = "trace", traced.log
         parameters, trainable, remarks = traced.parameters, traced.trainable_parameters, traced.remarks
+    if scenario.shard == "ddp" and scenario.gpus > 1:
+        log = with_buckets(log, trainable * BYTES_OF_GRADIENT, "sharding buffers")
     peak, reserved, timeline = measure(log, scenario.device)
     return Estimate(
         parameters=parameters,
@@ -113,7 +117,10 @@ def quick_peak_bytes(scenario: Scenario) -> int | None:
     """``peak_allocated_bytes`` alone, in a few milliseconds, for a search; None where only a trace knows it."""
     if not quick.covers(scenario):
         return None
-    return quick.quick_peak_bytes(scenario) + sum(size for _, size in workspaces(scenario.device))
+    buckets = 0
+    if scenario.shard == "ddp" and scenario.gpus > 1:
+        buckets = rounded_up(quick.quick_counts(scenario)[1] * BYTES_OF_GRADIENT, CUDA_BLOCK_BYTES)
+    return quick.quick_peak_bytes(scenario) + buckets + sum(size for _, size in workspaces(scenario.device))
 
 
 def measure(log: EventLog, device: Device) -> tuple[Point, int, tuple[Point, ...]]:

@@ -36,15 +36,13 @@ _SEED = 0  # weights without values need no better
 class FakeModel:
     """A model whose tensors are fake, and what is known of the real one.
 
-    ``layer_of`` says which decoder layer a parameter or a buffer belongs to, by its identity. ``depth`` is the real
-    number of layers; ``layers`` are those that were built.
+    ``depth`` is the real number of layers; ``layers`` are those that were built.
     """
 
     model: Any
     attention: AttentionChoice
     mode: FakeTensorMode
     layers: nn.ModuleList
-    layer_of: Mapping[int, int]
     depth: int
     parameters: int
     trainable_parameters: int
@@ -86,13 +84,8 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     layers = decoder_layers(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
-    layer_of = {
-        id(tensor): index
-        for index, layer in enumerate(layers)
-        for tensor in (*layer.parameters(), *layer.buffers())
-    }
     total, trained = _counts(model, layers, depth)
-    return FakeModel(model, attention, mode, layers, layer_of, depth, total, trained)
+    return FakeModel(model, attention, mode, layers, depth, total, trained)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -101,6 +94,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if not lists:
         raise ModelError(f"{type(model).__name__} keeps its layers in no list; its memory cannot be estimated")
     return max(lists, key=len)
+
+
+def layer_of_tensors(layers: nn.ModuleList) -> dict[int, int]:
+    """Which layer a parameter or a buffer belongs to, by its identity."""
+    return {
+        id(tensor): index for index, layer in enumerate(layers) for tensor in (*layer.parameters(), *layer.buffers())
+    }
 
 
 def equal_layers(config: Mapping[str, Any]) -> bool:

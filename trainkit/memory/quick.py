@@ -148,7 +148,7 @@ def _covers_training(scenario: Scenario) -> bool:
         and scenario.attention in {"auto", "varlen"}
         and scenario.optimizer == "adamw"
         and scenario.documents_per_row == 1
-        and (scenario.shard == "none" or scenario.gpus == 1)
+        and (scenario.shard in {"none", "ddp"} or scenario.gpus == 1)
         and (_chunks(scenario) > 1 and logits > _PLAIN_LOGITS)
         and (adapter is None or _adapts_every_linear_layer(adapter))
     )
