@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trainkit.errors import MachineError
 
@@ -44,7 +45,8 @@ def shard_fully(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cpu", (processes,))
+    with _disable_current_modes():  # a mesh is made of real numbers
+        mesh = init_device_mesh("cpu", (processes,))
     policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()

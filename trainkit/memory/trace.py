@@ -128,7 +128,7 @@ def step_log(
         run = _plain_run(model) if plain else _run(scenario, model, chunk_tokens)
         layer_of = layer_of_tensors(model.layers)  # after sharding, which puts other tensors in their places
         with Answers(None):
-            make_state(run.optimizer)
+            make_state(run.loss_model, run.optimizer)
         if scenario.micro_batches > 1:
             _give_gradients(run.loss_model)
         batch = make_batch_of(scenario)
