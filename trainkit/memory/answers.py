@@ -37,6 +37,8 @@ class Answers(TorchDispatchMode):
     ) -> Any:
         """Answer, or run the operator."""
         kwargs = kwargs or {}
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it turns into operators on its local part first
         if (body := _BODIES.get(func)) is not None:
             with self:
                 return body(*args, **kwargs)

@@ -11,6 +11,7 @@ Legend: R rows, H query heads, G key/value heads, T tokens, D width of a head, N
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from trainkit.memory.replay import CUDA_BLOCK_BYTES, rounded_up
+from trainkit.memory import kernel_scratch
 from trainkit.memory.scenario import AMPERE
 
 if TYPE_CHECKING:
@@ -31,39 +32,10 @@ _FLASH_MAX_HEAD_DIM = 256
 
 # The fp32 list of aten/src/ATen/autocast_mode.h (AT_FORALL_FP32), as far as models and losses use it. The CPU's own
 # list is shorter.
-_WIDENED_NAMES = [
-    "exp",
-    "expm1",
-    "log",
-    "log10",
-    "log2",
-    "log1p",
-    "reciprocal",
-    "rsqrt",
-    "pow",
-    "softmax",
-    "log_softmax",
-    "cumsum",
-    "cumprod",
-    "sum",
-    "prod",
-    "norm",
-    "acos",
-    "asin",
-    "cosh",
-    "sinh",
-    "tan",
-    "erfinv",
-    "layer_norm",
-    "group_norm",
-    "softplus",
-    "mse_loss",
-    "l1_loss",
-    "nll_loss",
-    "kl_div",
-    "smooth_l1_loss",
-    "huber_loss",
-]
+_WIDENED_NAMES = (
+    "exp expm1 log log10 log2 log1p reciprocal rsqrt pow softmax log_softmax cumsum cumprod sum prod norm acos asin "
+    "cosh sinh tan erfinv layer_norm group_norm softplus mse_loss l1_loss nll_loss kl_div smooth_l1_loss huber_loss"
+).split()
 _WIDENED = {
     getattr(owner, name) for name in _WIDENED_NAMES for owner in (torch, torch.Tensor, F) if hasattr(owner, name)
 } | {torch.Tensor.__pow__, torch.Tensor.__rpow__}
@@ -262,72 +234,51 @@ def _cpu_fuses(
 # --- what kernels take and return within themselves ---------------------------------------------------------------
 
 
+def cuda_scratch(func: Any, args: tuple[Any, ...]) -> tuple[str, tuple[int, ...]] | None:
+    """Which of :mod:`trainkit.memory.kernel_scratch` an operator's CUDA kernel takes, and for which numbers."""
+    found = _SCRATCH.get(func)
+    return None if found is None else (found[0].__name__, found[1](*args))
+
+
 def cuda_scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that the CUDA kernel of an operator allocates and frees within its call."""
-    estimate = _SCRATCH.get(func)
-    return 0 if estimate is None else estimate(*args)
+    found = cuda_scratch(func, args)
+    return 0 if found is None else kernel_scratch.BY_NAME[found[0]](*found[1])
 
 
-def _flash_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> int:
-    """Dq in fp32 and a sum per query, rows padded to 128 (flash_api.cpp, mha_bwd); GQA widens dk and dv first."""
+def _flash_backward(_grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> tuple[int, ...]:
     rows, heads, tokens, width = query.shape
-    padded_tokens = rounded_up(tokens, 128)
-    return _flash_buffers(rows * padded_tokens, heads, width) + _wide_keys(
-        query, key, rows * key.shape[2], key.shape[1]
-    )
+    return rows, tokens, heads, width, key.shape[2], key.shape[1], query.element_size()
 
 
-def _varlen_backward(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> int:
-    """The same for documents end to end (mha_varlen_bwd), each padded to 128 tokens at most."""
+def _varlen_backward(_grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> tuple[int, ...]:
     tokens, heads, width = query.shape
-    documents = next(t.shape[0] - 1 for t in rest if isinstance(t, torch.Tensor) and t.dtype == torch.int32)
-    return _flash_buffers(tokens + 128 * documents, heads, width) + _wide_keys(query, key, key.shape[0], key.shape[1])
+    boundaries = next(tensor for tensor in rest if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32)
+    return boundaries.numel() - 1, tokens, heads, width, key.shape[0], key.shape[1], query.element_size()
 
 
-def _flash_buffers(tokens: int, heads: int, width: int) -> int:
-    return _blocks(4 * tokens * heads * rounded_up(width, 32)) + _blocks(4 * tokens * heads)
+def _efficient_backward(_grad: torch.Tensor, query: torch.Tensor, *_: Any) -> tuple[int, ...]:
+    return (query.shape[:-1].numel(),)
 
 
-def _wide_keys(query: torch.Tensor, key: torch.Tensor, key_tokens: int, key_heads: int) -> int:
-    heads, width = query.shape[-3 if query.dim() == 4 else -2], query.shape[-1]
-    return 2 * _blocks(key_tokens * heads * width * query.element_size()) if heads != key_heads else 0
+def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, *_: Any) -> tuple[int, ...]:
+    return (grad.numel() * max(grad.element_size(), output.element_size()),)
 
 
-def _efficient_backward(grad: torch.Tensor, query: torch.Tensor, *_: Any) -> int:
-    """A sum per query in fp32 (delta, mem_eff_attention)."""
-    return _blocks(4 * query.shape[:-1].numel())
+def _index_backward(_target: torch.Tensor, indices: Any, *_: Any) -> tuple[int, ...]:
+    return (max((index.numel() for index in indices if index is not None), default=0),)
 
 
-def _softmax_backward(grad: torch.Tensor, output: torch.Tensor, *_: Any) -> int:
-    """The product grad * output (SoftMax.cu, softmax_backward_cuda_out)."""
-    return _blocks(grad.numel() * max(grad.element_size(), output.element_size()))
-
-
-def _indexed_accumulation(target: torch.Tensor, indices: Any, *_: Any) -> int:
-    """The backward pass of an index sorts positions: four int64 vectors (Indexing.cu, index_put_with_sort_kernel)."""
-    positions = [index for index in indices if isinstance(index, torch.Tensor)]
-    return 4 * _blocks(8 * max((index.numel() for index in positions), default=0))
-
-
-def _blocks(size: int) -> int:
-    return rounded_up(size, CUDA_BLOCK_BYTES)
-
-
-_SCRATCH: dict[Any, Callable[..., int]] = {
-    aten._softmax_backward_data.default: _softmax_backward,
-    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
-    aten._index_put_impl_.default: _indexed_accumulation,
+_SCRATCH: dict[Any, tuple[Callable[..., int], Callable[..., tuple[int, ...]]]] = {
+    aten._softmax_backward_data.default: (kernel_scratch.softmax_backward, _softmax_backward),
+    aten._scaled_dot_product_flash_attention_backward.default: (kernel_scratch.flash_backward, _flash_backward),
+    aten._scaled_dot_product_efficient_attention_backward.default: (
+        kernel_scratch.efficient_backward,
+        _efficient_backward,
+    ),
+    aten._index_put_impl_.default: (kernel_scratch.index_backward, _index_backward),
 }
+if find_spec("torch.nn.attention.varlen") is not None:
+    import torch.nn.attention.varlen  # it defines the operator
 
-
-def _register_optional() -> None:
-    """Operators of modules that are not in every torch, and of packages that are not everywhere."""
-    try:
-        from torch.nn.attention import varlen  # noqa: F401 - it defines the operators
-    except ImportError:
-        return
-    _SCRATCH[torch.ops.torch_attn._varlen_attn_backward.default] = _varlen_backward
-
-
-_register_optional()
+    _SCRATCH[torch.ops.torch_attn._varlen_attn_backward.default] = (kernel_scratch.varlen_backward, _varlen_backward)

@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from trainkit.memory import quick
 from trainkit.memory.allocator import peak_reserved_bytes
+from trainkit.memory.event_log import with_buckets
 from trainkit.memory.replay import CUDA_BLOCK_BYTES, highest_moments, rounded_up
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ PARTS = (
     "allocator rounding",
 )
 
+BYTES_OF_GRADIENT = 4  # what trains is stored in fp32, and so are its gradients
 _MOST_POINTS = 200
 
 
@@ -81,23 +84,43 @@ def estimate(scenario: Scenario, *, exact: bool = False) -> Estimate:
     built or traced, UsageError for an adapter that does not fit it, and MachineError for a missing package.
     """
     started = time.perf_counter()
-    from trainkit.memory.trace import trace  # torch
+    remarks: tuple[str, ...] = ()
+    engine: Literal["quick", "trace"]
+    if not exact and quick.covers(scenario):
+        engine, log = "quick", quick.quick_log(scenario)
+        parameters, trainable = quick.quick_counts(scenario)
+    else:
+        from trainkit.memory.trace import trace  # torch
 
-    traced = trace(scenario)
-    peak, reserved, timeline = measure(traced.log, scenario.device)
+        traced = trace(scenario)
+        engine, log = "trace", traced.log
+        parameters, trainable, remarks = traced.parameters, traced.trainable_parameters, traced.remarks
+    if scenario.shard == "ddp" and scenario.gpus > 1:
+        log = with_buckets(log, trainable * BYTES_OF_GRADIENT, "sharding buffers")
+    peak, reserved, timeline = measure(log, scenario.device)
     return Estimate(
-        parameters=traced.parameters,
-        trainable_parameters=traced.trainable_parameters,
+        parameters=parameters,
+        trainable_parameters=trainable,
         peak_allocated_bytes=peak.total_bytes,
         peak_reserved_bytes=reserved,
         peak_phase=peak.phase,
         peak_place=peak.place,
         parts=peak.parts,
         timeline=timeline,
-        engine="trace",
+        engine=engine,
         seconds=time.perf_counter() - started,
-        remarks=traced.remarks,
+        remarks=remarks,
     )
+
+
+def quick_peak_bytes(scenario: Scenario) -> int | None:
+    """``peak_allocated_bytes`` alone, in a few milliseconds, for a search; None where only a trace knows it."""
+    if not quick.covers(scenario):
+        return None
+    buckets = 0
+    if scenario.shard == "ddp" and scenario.gpus > 1:
+        buckets = rounded_up(quick.quick_counts(scenario)[1] * BYTES_OF_GRADIENT, CUDA_BLOCK_BYTES)
+    return quick.quick_peak_bytes(scenario) + buckets + sum(size for _, size in workspaces(scenario.device))
 
 
 def measure(log: EventLog, device: Device) -> tuple[Point, int, tuple[Point, ...]]:

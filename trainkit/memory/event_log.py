@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 TRACED = 4
+BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel: bucket_cap_mb
 
 
 class Axis(IntEnum):
@@ -95,6 +96,16 @@ def unfold(log: EventLog, count: int, axis: Axis = Axis.LAYER) -> EventLog:
     """
     assert count >= 2
     return log if count == TRACED else _Unfolding(log, count, axis).result()
+
+
+def with_buckets(log: EventLog, size: int, part: str) -> EventLog:
+    """The log with ``size`` bytes more, which are there from start to end in pieces of :data:`BUCKET_BYTES`."""
+    pieces = [min(BUCKET_BYTES, size - start) for start in range(0, size, BUCKET_BYTES)]
+    first = len(log.allocations)
+    allocations = [Allocation(len(log.sizes) + index, part) for index in range(len(pieces))]
+    births = [Event(Kind.BIRTH, first + index) for index in range(len(pieces))]
+    start, *events = log.events
+    return EventLog([*log.allocations, *allocations], [start, *births, *events], [*log.sizes, *pieces], log.moments)
 
 
 def stretches(log: EventLog) -> list[list[Event]]:

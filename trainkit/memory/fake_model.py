@@ -36,15 +36,13 @@ _SEED = 0  # weights without values need no better
 class FakeModel:
     """A model whose tensors are fake, and what is known of the real one.
 
-    ``layer_of`` says which decoder layer a parameter or a buffer belongs to, by its identity. ``depth`` is the real
-    number of layers; ``layers`` are those that were built.
+    ``depth`` is the real number of layers; ``layers`` are those that were built.
     """
 
     model: Any
     attention: AttentionChoice
     mode: FakeTensorMode
     layers: nn.ModuleList
-    layer_of: Mapping[int, int]
     depth: int
     parameters: int
     trainable_parameters: int
@@ -86,21 +84,23 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     layers = decoder_layers(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
-    layer_of = {
-        id(tensor): index for index, layer in enumerate(layers) for tensor in (*layer.parameters(), *layer.buffers())
-    }
     total, trained = _counts(model, layers, depth)
-    return FakeModel(model, attention, mode, layers, layer_of, depth, total, trained)
+    return FakeModel(model, attention, mode, layers, depth, total, trained)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest list of modules, which holds the decoder's layers. Raises ModelError where there is none."""
-    lists = [
-        module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and ".experts" not in name
-    ]
+    lists = [module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and ".experts" not in name]
     if not lists:
         raise ModelError(f"{type(model).__name__} keeps its layers in no list; its memory cannot be estimated")
     return max(lists, key=len)
+
+
+def layer_of_tensors(layers: nn.ModuleList) -> dict[int, int]:
+    """Which layer a parameter or a buffer belongs to, by its identity."""
+    return {
+        id(tensor): index for index, layer in enumerate(layers) for tensor in (*layer.parameters(), *layer.buffers())
+    }
 
 
 def equal_layers(config: Mapping[str, Any]) -> bool:
@@ -118,9 +118,7 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
         plain = sorted(
             (key, value)
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str)
-            and not key.startswith("_")
-            and key not in {"layer_idx", "layer_id"}
+            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in {"layer_idx", "layer_id"}
         )
         shapes = tuple((key, tuple(tensor.shape)) for key, tensor in module.named_parameters(recurse=False))
         settings.append((name, type(module).__name__, tuple(plain), shapes))
@@ -186,7 +184,8 @@ def _adapted(model: Any, scenario: Scenario) -> Any:
     adapter = scenario.adapter
     if adapter is not None:
         adapter = _without_values(adapter)
-    adapted, _ = attach_adapter(model, adapter, _SEED)
+    with torch.device("meta"):  # where peft makes its factors, before it moves them to the layer's device
+        adapted, _ = attach_adapter(model, adapter, _SEED)
     if scenario.method != "qlora":
         return adapted
     from peft.tuners.lora import LoraLayer

@@ -30,11 +30,16 @@ def optimizer_of(model: torch.nn.Module, scenario: Scenario) -> torch.optim.Opti
     return optimizer
 
 
-def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer make its state, as its first step does, and drop the gradients."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
+def make_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its state, as its first step does, and drop the gradients.
+
+    They are clipped as well, as in a step: what distributed tensors find out about an operator, they find out once, on
+    tensors of the whole size.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -19,8 +19,9 @@ from trainkit.errors import ModelError, TrainkitError
 from trainkit.memory.answers import Answers
 from trainkit.memory.device_look import Look, cpu_substitutes, cuda_scratch_bytes, cuda_substitutes
 from trainkit.memory.event_log import TRACED, Axis, EventLog, NotPeriodicError, unfold
-from trainkit.memory.fake_model import FakeModel, equal_layers, fake_model
+from trainkit.memory.fake_model import FakeModel, equal_layers, fake_model, layer_of_tensors
 from trainkit.memory.fake_optimizer import make_state, optimizer_of, state_tensors
+from trainkit.memory.sharding import pretended_processes, shard_fully
 from trainkit.memory.tracker import Tracker
 from trainkit.model.loss import CHUNK_TOKENS, HeadPath, LossModel
 from trainkit.model.precision import make_scaler, types_of
@@ -76,6 +77,11 @@ def trace(scenario: Scenario) -> Trace:
 
     Raises ModelError when the model cannot be built or traced, UsageError for an adapter that does not fit it.
     """
+    if scenario.shard == "fsdp2" and scenario.gpus > 1:
+        # A layer gathers the weights of the one after the next, so that few layers do not stand for all.
+        model = fake_model(scenario, full_depth=True)
+        with pretended_processes(scenario.gpus):
+            return Trace(_traced(scenario, model), model.parameters, model.trainable_parameters)
     if equal_layers(scenario.config):
         model = fake_model(scenario, full_depth=False)
         try:
@@ -101,21 +107,33 @@ def _traced(scenario: Scenario, model: FakeModel) -> EventLog:
         raise ModelError(f"{name}: its step cannot be traced: {type(error).__name__}: {reason}") from error
 
 
-def step_log(scenario: Scenario, model: FakeModel) -> EventLog:
-    """The log of one step of a fake model, at the depth that it was built with."""
+def step_log(
+    scenario: Scenario,
+    model: FakeModel,
+    *,
+    chunk_tokens: int | None = None,
+    scratch_bytes: Callable[[Any, tuple[Any, ...]], int] | None = None,
+) -> EventLog:
+    """The log of one step of a fake model, at the depth that it was built with.
+
+    ``chunk_tokens`` and ``scratch_bytes`` take the place of the device's own.
+    """
     plain = scenario.loop == "transformers"
     cuda = scenario.device.kind == "cuda"
+    scratch_bytes = scratch_bytes or (cuda_scratch_bytes if cuda else _no_scratch)
+    chunk_tokens = chunk_tokens or CHUNK_TOKENS[scenario.device.kind]
     with ExitStack() as stack:
         stack.enter_context(model.mode)
         stack.enter_context(_masks_without_values(repeat_heads=plain))
-        run = _plain_run(model) if plain else _run(scenario, model)
+        run = _plain_run(model) if plain else _run(scenario, model, chunk_tokens)
+        layer_of = layer_of_tensors(model.layers)  # after sharding, which puts other tensors in their places
         with Answers(None):
-            make_state(run.optimizer)
+            make_state(run.loss_model, run.optimizer)
         if scenario.micro_batches > 1:
             _give_gradients(run.loss_model)
         batch = make_batch_of(scenario)
-        tracker = Tracker(cuda_scratch_bytes if cuda else _no_scratch)
-        watcher = Watcher(tracker, model.layers, model.layer_of)
+        tracker = Tracker(scratch_bytes)
+        watcher = Watcher(tracker, model.layers, layer_of)
         substitutes = cuda_substitutes(scenario.device.capability) if cuda else cpu_substitutes()
         gc.collect()  # so that nothing of earlier work dies within the step
         with tracker, Answers(run.scaler), Look(substitutes, watcher.after_backward(run.loss_model)):
@@ -228,11 +246,12 @@ class Watcher:
 # --- the step -----------------------------------------------------------------------------------------------------
 
 
-def _run(scenario: Scenario, model: FakeModel) -> _Run:
+def _run(scenario: Scenario, model: FakeModel, chunk_tokens: int) -> _Run:
     precision = types_of(scenario.precision, "")
     head = HeadPath(apart=_head_is_apart(model.model), sentence="")
-    chunk = CHUNK_TOKENS[scenario.device.kind]
-    loss_model = LossModel(model.model, model.attention, precision, head, chunk)
+    loss_model: torch.nn.Module = LossModel(model.model, model.attention, precision, head, chunk_tokens)
+    if scenario.shard == "fsdp2" and scenario.gpus > 1:
+        shard_fully(loss_model, model.model, model.layers, precision, scenario.gpus)
     cpu = torch.device("cpu")
     return _Run(
         loss_model=loss_model,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+_COLLECTIVE = ("fsdp", "c10d", "_c10d_functional")  # namespaces of operators between processes
 _WITH_BACKWARD = ("loss", "backward")
 
 
@@ -115,7 +116,8 @@ class Tracker(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 for storage in _storages(leaf):
                     if _address(storage) not in self._known:
-                        self._birth(storage, None, self._owner(args, index, len(leaves)), added_to=added_to)
+                        part = "sharding buffers" if func.namespace in _COLLECTIVE else None
+                        self._birth(storage, part, self._owner(args, index, len(leaves)), added_to=added_to)
         if scratch := self._scratch_bytes(func, args):  # kernels make room for their outputs first
             self._events.append((Kind.SCRATCH, scratch, self._owner(args, 0, 1)))
         return out
@@ -177,9 +179,9 @@ class Tracker(TorchDispatchMode):
         number = self._known.get(_address(storage))
         if number is None or self._pieces[number].nbytes == storage.nbytes():
             return
-        piece = self._pieces[number]
+        label = self._pieces[number].label
         self._death(number)
-        self._birth(storage, piece.part, piece.label)
+        self._birth(storage, "sharding buffers", label)
 
     def _accumulated_in_place(self) -> list[tuple[Kind, int, int | None]]:
         """The events, each sum of two gradients taking the place of the first where autograd would add in place.
@@ -220,9 +222,7 @@ class Tracker(TorchDispatchMode):
         """
         owners = {number: self._pieces[number].label for _, number, _ in deaths}
         near = here is not None and all(_are_near(owner, here) for owner in owners.values() if owner is not None)
-        own = [
-            (kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)
-        ]
+        own = [(kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)]
         taken = {number for _, number, _ in own}
         others = [(kind, number, owners[number]) for kind, number, _ in deaths if number not in taken]
         yield from own
