@@ -158,9 +158,9 @@ def _adapts_every_linear_layer(adapter: Adapter) -> bool:
     """With one rank, no dropout and nothing besides."""
     targets = adapter.target_modules
     plain = Adapter(type=adapter.type, r=adapter.r)
-    free = {"alpha": plain.alpha, "use_rslora": plain.use_rslora, "init_lora_weights": plain.init_lora_weights}
-    same = replace(adapter, target_modules=plain.target_modules, alpha_pattern={}, **free) == plain
-    return same and (targets == "all-linear" or frozenset(targets) == _LINEAR_LAYERS)
+    numbers = replace(adapter, target_modules="all-linear", alpha_pattern={}, alpha=plain.alpha)
+    same = replace(numbers, use_rslora=False, init_lora_weights=True)
+    return same == plain and (targets == "all-linear" or frozenset(targets) == _LINEAR_LAYERS)
 
 
 def _at(scenario: Scenario) -> EventLog:
@@ -206,7 +206,7 @@ def _chunks(scenario: Scenario) -> int:
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
-    """transformers' default differs: of these families only a config that says so is tied."""
+    """Of these families only a config that says so is tied."""
     return bool(config.get("tie_word_embeddings", False))
 
 

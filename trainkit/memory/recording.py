@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from trainkit.memory.device_look import cuda_scratch
 from trainkit.memory.event_log import Kind
 from trainkit.memory.fake_model import fake_model
-from trainkit.memory.quick import LogKey
 from trainkit.memory.scenario import Scenario
 from trainkit.memory.symbolic_log import Dimensions, SymbolicLog
 from trainkit.memory.trace import step_log
@@ -19,6 +18,7 @@ from trainkit.recipe.schema import Adapter
 
 if TYPE_CHECKING:
     from trainkit.memory.event_log import EventLog
+    from trainkit.memory.quick import LogKey
 
 _TAGS = Dimensions(
     rows=37,
@@ -101,9 +101,7 @@ def _decoded(log: EventLog, calls: list[tuple[str, tuple[int, ...]]]) -> Symboli
     def index(number: int) -> int:
         return sizes.setdefault(_factors(number), len(sizes))
 
-    allocations = [
-        allocation._replace(size=index(log.sizes[allocation.size])) for allocation in log.allocations
-    ]
+    allocations = [allocation._replace(size=index(log.sizes[allocation.size])) for allocation in log.allocations]
     events = [
         event._replace(subject=log.sizes[event.subject] - _SCRATCH_MARK) if event.kind == Kind.SCRATCH else event
         for event in log.events

@@ -208,7 +208,7 @@ class Watcher:
         self.tracker.moment("loss", "output head")
 
     def _chunk_starts(self, *_: object) -> None:
-        """The head runs once for each chunk, forward; and once more in the backward pass, from the last to the first."""
+        """The head runs once for each chunk; and again in the backward pass, from the last chunk to the first."""
         if self.tracker.place == "output head" and self._chunks_left:
             self._backward_through_chunks = True
         if self._backward_through_chunks:
@@ -238,7 +238,7 @@ class Watcher:
 
         return hook
 
-    def _embedded(self, _module: object, _inputs: object, output: torch.Tensor) -> None:
+    def _embedded(self, _module: object, _inputs: object, output: Any) -> None:
         if self.tracker.phase == "forward" and output.requires_grad:
             output.register_hook(lambda _: self.tracker.moment("backward", "embedding"))
 
@@ -321,7 +321,7 @@ def _head_is_apart(model: Any) -> bool:
 
 
 def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata  # noqa: SLF001 - its only identity
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)  # noqa: SLF001 - its only identity
 
 
 @contextmanager

@@ -189,18 +189,14 @@ def _only_eager(config: PretrainedConfig) -> str | None:
     return None
 
 
-def _fastest(
-    device: torch.device, config: PretrainedConfig, capability: tuple[int, int] | None
-) -> tuple[Name, str]:
+def _fastest(device: torch.device, config: PretrainedConfig, capability: tuple[int, int] | None) -> tuple[Name, str]:
     obstacle = _varlen_obstacle(device, config, capability)
     if obstacle is None:
         return "varlen", "one kernel call for all documents (in fp32: one causal call per document)"
     return "sdpa", f"one causal call per document; {obstacle}"
 
 
-def _varlen_obstacle(
-    device: torch.device, config: PretrainedConfig, capability: tuple[int, int] | None
-) -> str | None:
+def _varlen_obstacle(device: torch.device, config: PretrainedConfig, capability: tuple[int, int] | None) -> str | None:
     """Why torch's variable-length kernel cannot run here, as half a sentence; None if it can."""
     if device.type != "cuda":
         return "varlen needs CUDA"
