@@ -243,9 +243,10 @@ def test_layers_of_several_kinds_are_traced_one_by_one() -> None:
 
 def test_experts_can_be_traced() -> None:
     config = {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
-    found = estimate(replace(ON_GPU, config=config))
+    found = estimate(replace(ON_GPU, config=config, adapter=Adapter(target_modules=("q_proj",))))
     assert found.engine == "trace"
-    assert found.parameters == found.trainable_parameters > 1_000_000
+    experts = 3 * 4 * 3 * 128 * 256
+    assert experts < found.parameters < 1.5 * experts
 
 
 def test_a_capped_head_is_not_taken_apart_from_its_model() -> None:
