@@ -81,13 +81,12 @@ def test_blocks_never_overlap_and_all_come_back(story: list[tuple[int, bool]]) -
 
 
 def test_the_optimizers_state_comes_with_the_first_update() -> None:
-    """It cannot lie in the hole that the first step's activation left, but takes a segment: the second step has both."""
+    """It is cut out of what the first step's activation left, so that the second step's needs another segment."""
     sizes = [100 * MIB, 30 * MIB]
     allocations = [Allocation(1, "optimizer state"), Allocation(0, "activations")]
     moments = [("start", "model"), ("forward", "embedding"), ("optimizer", "update"), ("optimizer", "end")]
     story = [(Kind.MOMENT, 0), (Kind.BIRTH, 0), (Kind.MOMENT, 1), (Kind.BIRTH, 1), (Kind.DEATH, 1)]
     story += [(Kind.MOMENT, 2), (Kind.MOMENT, 3)]
     log = EventLog(allocations, [Event(kind, subject) for kind, subject in story], sizes, moments)
-    # The state is cut out of the activation's segment, so that the next activation needs another.
     assert peak_reserved_bytes(log) == 200 * MIB
     assert peak_reserved_bytes(log, [("forward", 8 * MIB)]) == 220 * MIB

@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import trainkit.memory
 from trainkit.memory import quick
 from trainkit.memory.estimate import estimate, quick_peak_bytes
 from trainkit.memory.quick import LogKey, all_keys, covers, key_of
@@ -18,6 +20,7 @@ from trainkit.memory.scenario import Device, Scenario
 from trainkit.model.loss import _PLAIN_LOGITS, CHUNK_TOKENS
 from trainkit.recipe.schema import Adapter
 
+LOGS = Path(trainkit.memory.__file__).parent / "logs"
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -44,6 +47,7 @@ COVERED = {
         micro_batch_size=5,
         device=Device("cuda", (8, 0)),
     ),
+    "qwen2-one-chunk": replace(FULL, config=QWEN2, sequence_length=1000),
     "llama-ddp": replace(FULL, gpus=8, shard="ddp"),
 }
 
@@ -63,12 +67,12 @@ def test_the_recorded_answer_is_the_traced_one(case: str) -> None:
 
 
 def assert_current(key: LogKey) -> None:
-    stored = quick.files("trainkit.memory") / "logs" / key.file_name
+    stored = LOGS / key.file_name
     assert stored.read_bytes() == record(key).to_bytes(), "run scripts/record_memory_logs"
 
 
 def test_a_stored_log_is_what_a_trace_records_today() -> None:
-    assert_current(LogKey("llama", tied=False, method="lora", checkpointed=True, accumulates=False))
+    assert_current(LogKey("llama", tied=False, method="lora", checkpointed=True, accumulates=False, one_chunk=False))
 
 
 @pytest.mark.long
@@ -78,12 +82,12 @@ def test_every_stored_log_is_what_a_trace_records_today(key: LogKey) -> None:
 
 
 def test_no_other_logs_are_stored() -> None:
-    stored = {path.name for path in (quick.files("trainkit.memory") / "logs").iterdir()}
+    stored = {path.name for path in (LOGS).iterdir()}
     assert stored == {key.file_name for key in all_keys()}
 
 
 def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
-    assert quick._CHUNK_TOKENS == CHUNK_TOKENS["cuda"]
+    assert CHUNK_TOKENS["cuda"] == quick._CHUNK_TOKENS
     assert quick._PLAIN_LOGITS == _PLAIN_LOGITS
 
 
@@ -98,7 +102,7 @@ def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
         replace(FULL, config={**LLAMA, "head_dim": 36}),
         replace(FULL, config={**QWEN2, "use_sliding_window": True}),
         replace(FULL, config={**QWEN3, "layer_types": ["sliding_attention"] * 6}),
-        replace(FULL, sequence_length=1024),
+        replace(FULL, sequence_length=128),
         replace(FULL, precision="fp16"),
         replace(FULL, attention="eager"),
         replace(FULL, optimizer="sgd"),

@@ -12,8 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from trainkit.errors import ModelError, UsageError
-from trainkit.memory.estimate import PARTS, estimate
 from trainkit.memory.allocator import peak_reserved_bytes
+from trainkit.memory.device_look import cuda_scratch
+from trainkit.memory.estimate import PARTS, estimate
 from trainkit.memory.event_log import Axis, EventLog, Kind, unfold
 from trainkit.memory.fake_model import equal_layers, fake_model, parse_config
 from trainkit.memory.replay import highest_moments, peak_of_folded
@@ -299,3 +300,29 @@ def test_what_is_no_model_is_refused_in_one_line(config: dict[str, Any], message
 def test_an_adapter_that_fits_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="q_porj"):
         estimate(replace(PLAIN, adapter=Adapter(target_modules=("q_porj",))))
+
+
+def test_attention_without_a_kernel_is_said() -> None:
+    turing = replace(ON_GPU, device=Device("cuda", (7, 5)), precision="fp16", frozen_storage="fp16")
+    found, usual = estimate(turing), estimate(ON_GPU)
+    assert "square of the length" in found.remarks[0]
+    assert usual.remarks == ()
+    assert found.peak_allocated_bytes > usual.peak_allocated_bytes
+
+
+def test_the_flash_attn_package_is_estimated_without_it() -> None:
+    assert estimate(replace(ON_GPU, attention="flash_attention_2")).parts == estimate(ON_GPU).parts
+
+
+def test_every_layer_asks_for_its_fused_kernel_once() -> None:
+    """Should the run's attention ever go past what stands for the GPU's kernels, this is where it shows."""
+    model = fake_model(ON_GPU, full_depth=True)
+    kernels: list[str] = []
+
+    def noted(func: Any, args: tuple[Any, ...]) -> int:
+        if (call := cuda_scratch(func, args)) is not None:
+            kernels.append(call[0])
+        return 0
+
+    step_log(ON_GPU, model, scratch_bytes=noted)
+    assert kernels.count("varlen_backward") == SMALL["num_hidden_layers"]

@@ -80,7 +80,9 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     depth = whole.get_text_config().num_hidden_layers
     built = depth if full_depth else min(depth, TRACED)
     device = torch.device(scenario.device.kind)
-    attention = choose_attention(scenario.attention, device, whole, capability=scenario.device.capability)
+    # The flash-attn package is the same kernel for memory's sake, and cannot be called without a GPU.
+    requested = "varlen" if scenario.attention == "flash_attention_2" else scenario.attention
+    attention = choose_attention(requested, device, whole, capability=scenario.device.capability)
     model = _adapted(_base_model(scenario, parse_config(_with_layers(scenario.config, built)), attention), scenario)
     layers = decoder_layers(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

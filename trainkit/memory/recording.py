@@ -66,11 +66,12 @@ def record(key: LogKey) -> SymbolicLog:
 
     scenario = scenario_to_record(key)
     model = fake_model(scenario, full_depth=True)
-    return _decoded(step_log(scenario, model, chunk_tokens=_CHUNK, scratch_bytes=marked), calls)
+    chunk_tokens = scenario.tokens if key.one_chunk else _CHUNK
+    return _decoded(step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls)
 
 
 def scenario_to_record(key: LogKey) -> Scenario:
-    """A step of four layers and four chunks, of which the last is the shortest."""
+    """A step of four layers and, unless it is in one, four chunks, of which the last is the shortest."""
     dimensions = _RECORDED
     heads = dimensions.key_value_heads * dimensions.queries_per_key
     config = {

@@ -186,9 +186,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _accumulated_in_place(self) -> list[tuple[Kind, int, int | None]]:
         """The events, each sum of two gradients taking the place of the first where autograd would add in place.
 
-        Under a dispatch mode it adds out of place always; in earnest it does so only where somebody else holds the
-        first gradient (``can_accumulate_inplace`` in autograd/input_buffer.cpp). Where nobody does, that dies right
-        after the sum is born; its death is put before.
+        Under a dispatch mode autograd adds out of place always. Without one it adds in place, unless somebody else
+        holds the first gradient (``can_accumulate_inplace`` in autograd/input_buffer.cpp). Where nobody does, that
+        gradient dies right after the sum is born; its death is put before.
         """
         events = list(self._events)
         for index, (kind, number, _) in enumerate(events):
