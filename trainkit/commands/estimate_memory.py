@@ -10,14 +10,14 @@ from trainkit.errors import MachineError, ModelError, UsageError
 from trainkit.memory.advice import (
     Change,
     Method,
+    Question,
     changes,
     cheapest_method,
     largest_micro_batch,
     longest_row,
-    remembering,
     rows_for_auto,
 )
-from trainkit.memory.estimate import PARTS, Estimate, estimate
+from trainkit.memory.estimate import PARTS, Estimate, estimate, quick_peak_bytes
 from trainkit.memory.models import known_models
 from trainkit.memory.sizes import GIB, MIB, gib
 from trainkit.memory.subject import Request, Subject, check_request, device_and_capacity, subject_of
@@ -28,7 +28,6 @@ from trainkit.plotting import check_plot_path, new_figure, save
 from trainkit.recipe.schema import Adapter, Packing
 
 if TYPE_CHECKING:
-    from trainkit.memory.advice import Question
     from trainkit.memory.scenario import Scenario
 
 # What the JSON says for the engines; the quick one evaluates formulas that were recorded from a trace.
@@ -72,7 +71,7 @@ def _asking(request: Request, console: Console) -> Question:
             console.progress("estimates", made)
         return found
 
-    return remembering(ask)
+    return Question(ask, quick_peak_bytes)
 
 
 def _show_estimate(request: Request, subject: Subject, console: Console) -> None:
@@ -82,9 +81,8 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
         rows = rows_for_auto(scenario, capacity, ask)
         scenario = scenario.with_micro_batch_size(max(rows, 1))
     found = ask(scenario)
-    parameters = _model_parameters(subject, scenario, found, ask)
-    said = {"model": subject.facts.name, "parameters": parameters} | _as_json(scenario, found)
-    _show_subject(subject, scenario, parameters, found, console)
+    said = {"model": subject.facts.name} | _as_json(scenario, found)
+    _show_subject(subject, scenario, found, console)
     _show_parts(found, scenario, console)
     if capacity is not None:
         said |= _show_verdict(subject, scenario, found, capacity, ask, console)
@@ -105,18 +103,10 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
         )
 
 
-def _model_parameters(subject: Subject, scenario: Scenario, found: Estimate, ask: Question) -> int:
-    """The model's own parameters: an estimate counts the adapter's too."""
-    known = known_models().get(subject.facts.name)
-    if known is not None:
-        return known.parameters
-    return found.parameters if scenario.adapter is None else ask(replace(scenario, adapter=None)).parameters
-
-
-def _show_subject(subject: Subject, scenario: Scenario, parameters: int, found: Estimate, console: Console) -> None:
+def _show_subject(subject: Subject, scenario: Scenario, found: Estimate, console: Console) -> None:
     share = 100 * found.trainable_parameters / found.parameters
     console.show(
-        f"{subject.facts.name} ({subject.facts.source}): {parameters:,} parameters; "
+        f"{subject.facts.name} ({subject.facts.source}): {found.parameters:,} parameters; "
         f"{found.trainable_parameters:,} train ({share:.{1 if share >= 1 else 3}f} %)"
     )
     accumulated = f", {scenario.micro_batches} of them a step" if scenario.micro_batches > 1 else ""
@@ -215,6 +205,7 @@ def _change_as_json(change: Change) -> dict[str, Any]:
 
 def _as_json(scenario: Scenario, found: Estimate) -> dict[str, Any]:
     return {
+        "parameters": found.parameters,
         "trainable_parameters": found.trainable_parameters,
         "peak_allocated_bytes": found.peak_allocated_bytes,
         "peak_reserved_bytes": found.peak_reserved_bytes,
@@ -240,9 +231,8 @@ def _as_json(scenario: Scenario, found: Estimate) -> dict[str, Any]:
 
 def _show_textbook(request: Request, subject: Subject, ask: Question, console: Console) -> None:
     """The arithmetic of textbooks for the number in a name and for the exact models, and what it leaves out."""
-    scenario = replace(subject.scenario(), adapter=subject.recipe.adapter or Adapter())
-    lora = ask(scenario)
-    exact = Column(subject.facts.name, _model_parameters(subject, scenario, lora, ask))
+    lora = ask(replace(subject.scenario(), adapter=subject.recipe.adapter or Adapter()))
+    exact = Column(subject.facts.name, lora.parameters)
     counted = columns(request.model or subject.facts.name, exact)
     table = lines(counted, lora.trainable_parameters)
     cells = [["parameters", *(f"{column.parameters:,}" for column in counted)]]
@@ -285,7 +275,7 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
         facts: dict[str, Any] = {"model": model.name, "parameters": model.parameters}
         try:
             subject = subject_of(replace(request, fits=None, model=model.name))
-            best = cheapest_method(subject.scenario(), model.parameters, capacity, remembering(ask))
+            best = cheapest_method(subject.scenario(), model.parameters, capacity, Question(ask, quick_peak_bytes))
         except (ModelError, UsageError) as error:
             listed.append(facts | {"method": None, "why": str(error)})
         else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainkit.memory.scenario import BYTES_OF, Scenario
-from trainkit.memory.verdict import process_bytes
+from trainkit.memory.verdict import context_bytes, process_bytes
 from trainkit.recipe.schema import Adapter
 
 if TYPE_CHECKING:
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from trainkit.memory.estimate import Estimate
     from trainkit.memory.verdict import Capacity
 
-    Question = Callable[[Scenario], Estimate]
 
 MOST_TOKENS = 2**20  # in a micro-batch, or in a row where the model sets no bound
 LENGTH_STEP = 64  # tokens; row lengths are searched in multiples of it
 GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
+SHARED_PARTS = ("weights", "adapters", "gradients", "optimizer state")  # by FSDP2
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}  # of the optimizer, at least, a parameter
 
 
@@ -56,21 +56,39 @@ METHODS = tuple(
 """In the order in which they give something up: time first, then weights that train, then exact base weights."""
 
 
-def remembering(question: Question) -> Question:
-    """The same question, asked once for each scenario. All scenarios must be of one model."""
-    answers: dict[str, Estimate] = {}
+class Question:
+    """What a step takes, asked once for each scenario; all scenarios must be of one model.
 
-    def ask(scenario: Scenario) -> Estimate:
+    ``allocated`` knows ``peak_allocated_bytes`` alone in no time, or None: what is too much by that is not asked about.
+    """
+
+    def __init__(
+        self,
+        estimate: Callable[[Scenario], Estimate],
+        allocated: Callable[[Scenario], int | None] = lambda _scenario: None,
+    ) -> None:
+        self._estimate = estimate
+        self._allocated = allocated
+        self._answers: dict[str, Estimate] = {}
+
+    def __call__(self, scenario: Scenario) -> Estimate:
+        """The estimate for a scenario."""
         key = repr(scenario)
-        if key not in answers:
-            answers[key] = question(scenario)
-        return answers[key]
+        if key not in self._answers:
+            self._answers[key] = self._estimate(scenario)
+        return self._answers[key]
 
-    return ask
+    def least_bytes(self, scenario: Scenario) -> int | None:
+        """What the process surely takes: peak allocated and context; None where that is not known in no time."""
+        allocated = self._allocated(scenario)
+        return None if allocated is None else allocated + context_bytes(scenario.device)
 
 
 def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
     """Whether the verdict on a scenario is "fits"."""
+    least = ask.least_bytes(scenario)
+    if least is not None and least > capacity.to_fill_bytes:
+        return False
     return process_bytes(ask(scenario), scenario.device) <= capacity.to_fill_bytes
 
 
@@ -110,7 +128,13 @@ def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_ro
 
 def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
     """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does."""
-    return [change for change in _candidates(scenario, capacity, ask) if change is not None]
+    found = [change for change in _on_one_gpu(scenario, capacity, ask) if change is not None]
+    if scenario.gpus > 1 or scenario.method == "qlora":
+        return found
+    sharded = _sharded(scenario, scenario, capacity, ask)
+    if not found and sharded is None and scenario.adapter is None:
+        sharded = _sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask)
+    return found if sharded is None else [*found, sharded]
 
 
 def cheapest_method(
@@ -127,7 +151,7 @@ def cheapest_method(
     return None
 
 
-def _candidates(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
+def _on_one_gpu(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
     yield _fewer_rows(scenario, "the step takes more passes", capacity, ask)
     checkpointed = replace(scenario, activation_checkpointing=True)
     if not scenario.activation_checkpointing:
@@ -147,10 +171,6 @@ def _candidates(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterat
         four_bit = replace(scenario.adapter or Adapter(), type="qlora")
         qlora = replace(scenario, adapter=four_bit)
         yield _cheapest(qlora, "adapters on a base in 4 bit; slower steps, inexact weights", scenario, capacity, ask)
-    if scenario.gpus == 1 and scenario.method != "qlora":
-        yield _sharded(scenario, scenario, capacity, ask)
-    if scenario.gpus == 1 and scenario.adapter is None:
-        yield _sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask)
 
 
 def _fewer_rows(scenario: Scenario, cost: str, capacity: Capacity, ask: Question) -> Change | None:
@@ -180,15 +200,29 @@ def _cheapest(tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, a
 
 
 def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
-    least_bytes = _least_bytes(scenario, ask(asked).parameters)
-    for gpus in GPU_COUNTS:
-        for checkpointing in dict.fromkeys((scenario.activation_checkpointing, True)):
-            tried = replace(scenario, gpus=gpus, shard="fsdp2", activation_checkpointing=checkpointing)
-            if least_bytes / gpus <= capacity.to_fill_bytes and fitting(tried, capacity, ask):
-                return _change(
-                    tried, f"{gpus} such GPUs that share the weights (--gpus {gpus} --shard fsdp2)", asked, ask
-                )
-    return None
+    """The fewest GPUs that can share the step, with activation checkpointing.
+
+    A trace of many GPUs takes seconds, so there are two at most: what the first says of the parts that are shared tells
+    how many GPUs it will take.
+    """
+    checkpointed = replace(scenario, activation_checkpointing=True, shard="fsdp2")
+    least = _least_bytes(scenario, ask(asked).parameters)
+    first = next((gpus for gpus in GPU_COUNTS if least / gpus <= capacity.to_fill_bytes), None)
+    if first is None:
+        return None
+    tried = replace(checkpointed, gpus=first)
+    if not fitting(tried, capacity, ask):
+        found = ask(tried)
+        shared = first * sum(found.parts[part] for part in SHARED_PARTS)
+        rest = process_bytes(found, tried.device) - shared // first
+        room = capacity.to_fill_bytes - rest
+        enough = next((gpus for gpus in GPU_COUNTS if gpus > first and shared / gpus <= room), None)
+        if enough is None:
+            return None
+        tried = replace(checkpointed, gpus=enough)
+        if not fitting(tried, capacity, ask):
+            return None
+    return _change(tried, f"{tried.gpus} such GPUs that share it (--gpus {tried.gpus} --shard fsdp2)", asked, ask)
 
 
 def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question) -> Change:
@@ -236,10 +270,20 @@ def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capaci
         return process_bytes(ask(scenario), scenario.device)
 
     limit = capacity.to_fill_bytes
+    bound = _bound(scenario_at, most, limit, ask)
+    if bound == 0:
+        return 0
     low, low_need = 1, need(1)
     if low_need > limit:
         return 0
     high, slope, by_line = most + 1, 0.0, True
+    if bound is not None and bound > 1:
+        bound_need = need(bound)
+        if bound_need <= limit:
+            return bound
+        high, slope = bound, (bound_need - low_need) / (bound - 1)
+    elif bound == 1:
+        return 1
     while high - low > 1:
         guess = (low + high) // 2
         if slope == 0:
@@ -254,4 +298,22 @@ def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capaci
         else:
             high = guess
             by_line = not by_line
+    return low
+
+
+def _bound(scenario_at: Callable[[int], Scenario], most: int, limit: int, ask: Question) -> int | None:
+    """The largest n that is not surely too much; None where only an estimate knows."""
+    least = ask.least_bytes(scenario_at(1))
+    if least is None:
+        return None
+    if least > limit:
+        return 0
+    low, high = 1, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        least = ask.least_bytes(scenario_at(middle))
+        if least is None or least <= limit:
+            low = middle
+        else:
+            high = middle
     return low

@@ -126,7 +126,7 @@ def peak_reserved_bytes(log: EventLog, workspaces: Sequence[tuple[str, int]] = (
     waiting = list(workspaces)
     for first in (True, False):
         phase = ""
-        late = []  # the optimizer's state, which is not there before the first update
+        late: list[int] = []  # the optimizer's state, which is not there before the first update
         for event in log.events:
             if event.kind == Kind.MOMENT:
                 phase, place = log.moments[event.subject]

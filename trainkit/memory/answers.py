@@ -19,17 +19,17 @@ def _bodies() -> dict[Any, Any]:
         from torch.nn.modules.linear_cross_entropy import _linear_cross_entropy_batch_chunked as chunked
     except ImportError:  # torch below 2.13, which has no chunked loss
         return {}
-    return {chunked._opoverload: chunked._init_fn}  # noqa: SLF001 - a custom operator shows its body nowhere else
+    return {chunked._opoverload: chunked._init_fn}
 
 
 _BODIES = _bodies()
 
 
-class Answers(TorchDispatchMode):
+class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The mode. It stands above the tracker, which sees what the answers cost: the positions that a mask selects."""
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._scaler = scaler
 
     def __torch_dispatch__(
@@ -56,14 +56,14 @@ class Answers(TorchDispatchMode):
             return True
         if not tensor.is_floating_point():
             return 1
-        if self._scaler is not None and tensor is self._scaler._scale:  # noqa: SLF001 - GradScaler shows it nowhere
+        if self._scaler is not None and tensor is self._scaler._scale:
             return 2.0**16
         return 0.0 if self._counts_overflows(tensor) else 1.0
 
     def _counts_overflows(self, tensor: torch.Tensor) -> bool:
         if self._scaler is None:
             return False
-        states = self._scaler._per_optimizer_states.values()  # noqa: SLF001
+        states = self._scaler._per_optimizer_states.values()
         return any(tensor is found for state in states for found in state["found_inf_per_device"].values())
 
 

@@ -32,7 +32,7 @@ _FLASH_MAX_HEAD_DIM = 256
 
 # The fp32 list of aten/src/ATen/autocast_mode.h (AT_FORALL_FP32), as far as models and losses use it. The CPU's own
 # list is shorter.
-_WIDENED_NAMES = (
+_WIDENED_NAMES = (  # noqa: SIM905 - a list of words reads as one
     "exp expm1 log log10 log2 log1p reciprocal rsqrt pow softmax log_softmax cumsum cumprod sum prod norm acos asin "
     "cosh sinh tan erfinv layer_norm group_norm softplus mse_loss l1_loss nll_loss kl_div smooth_l1_loss huber_loss"
 ).split()
@@ -86,7 +86,7 @@ def cpu_substitutes() -> dict[Any, Callable[..., Any]]:
 def _backward(loss: torch.Tensor, gradient: torch.Tensor | None = None, **_: Any) -> None:
     """What Tensor.backward does; every function of torch above the engine would switch the mode off again."""
     gradient = torch.ones_like(loss) if gradient is None else gradient
-    torch.autograd.graph._engine_run_backward(  # noqa: SLF001 - the engine has no other door
+    torch.autograd.graph._engine_run_backward(
         (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
@@ -228,7 +228,8 @@ def _cpu_fuses(
             torch.empty(1, tensor.shape[1], 2, tensor.shape[3], dtype=tensor.dtype) for tensor in (query, key, value)
         ]
         small_mask = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=mask.dtype)
-        return bool(torch._fused_sdp_choice(*small, small_mask, dropout, causal, enable_gqa=gqa))
+        choice: Any = torch._fused_sdp_choice
+        return bool(choice(*small, small_mask, dropout, causal, enable_gqa=gqa))
 
 
 # --- what kernels take and return within themselves ---------------------------------------------------------------

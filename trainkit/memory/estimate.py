@@ -136,7 +136,7 @@ def measure(log: EventLog, device: Device) -> tuple[Point, int, tuple[Point, ...
 
 
 def workspaces(device: Device) -> tuple[tuple[Phase, int], ...]:
-    """cuBLAS's buffers: the phase in which each is first needed, and its bytes.
+    """Buffers of cuBLAS: the phase in which each is first needed, and its bytes.
 
     One for each thread that multiplies matrices, autograd's being the second. Sizes are the defaults of
     aten/src/ATen/cuda/CublasHandlePool.cpp: 8 MiB and 128 KiB, or 32 MiB from Hopper on.

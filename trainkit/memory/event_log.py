@@ -1,6 +1,6 @@
 """What a step does to memory, as a list of births and deaths, for a model of any number of equal layers. Torch-free.
 
-A step is traced on a model of :data:`TRACED_LAYERS` layers: the first, two from the middle, the last. In the two from
+A step is traced on a model of :data:`TRACED` layers: the first, two from the middle, the last. In the two from
 the middle the same things happen in the same order, so what happens in one more layer is known: :func:`unfold` writes
 the log of the full depth, event by event, as a trace of the full depth would have written it.
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 TRACED = 4
+_MIDDLE = (1, 2)
 BUCKET_BYTES = 25 * 2**20  # of DistributedDataParallel: bucket_cap_mb
 
 
@@ -132,9 +133,6 @@ def pairs(cut: Sequence[Sequence[Event]], axis: Axis) -> dict[int, bool]:
     return found
 
 
-_MIDDLE = (1, 2)
-
-
 class _Unfolding:
     """One run of :func:`unfold`."""
 
@@ -144,7 +142,10 @@ class _Unfolding:
         self.count = count
         self.last_middle = count - 2
         self.moments = {moment: index for index, moment in enumerate(log.moments)}
-        self.allocations = [allocation._replace(label=self._moved(allocation.label)) for allocation in log.allocations]
+        self.allocations = [
+            allocation if axis.index(allocation.label) is None else self._kept_allocation(allocation)
+            for allocation in log.allocations
+        ]
         self.events: list[Event] = []
         self.twins: dict[int, int] = {}  # an allocation of a middle unit → its like in unit 1
         self.copies: dict[tuple[int, int], int] = {}  # (allocation of unit 1, unit) → allocation
@@ -168,10 +169,15 @@ class _Unfolding:
         index = self.axis.index(label)
         return label if index is None or index < 2 else self.axis.label(index + self.count - TRACED)
 
+    def _kept_allocation(self, allocation: Allocation) -> Allocation:
+        return Allocation(allocation.size, allocation.part, self._moved(allocation.label))
+
     def _kept(self, event: Event) -> Event:
         index = self.axis.index(event.label)
-        if event.kind != Kind.MOMENT or index is None:
-            return event._replace(label=self._moved(event.label))
+        if index is None:
+            return event
+        if event.kind != Kind.MOMENT:
+            return Event(event.kind, event.subject, self._moved(event.label))
         return self._moment(event, index, self.axis.index(self._moved(event.label)) or 0)
 
     def _pair(self, one: Sequence[Event], other: Sequence[Event], *, up: bool) -> None:
@@ -222,14 +228,15 @@ class _Unfolding:
         label = self.axis.label(unit)
         for first, second in zip(one, other, strict=True):
             if second.kind == Kind.SCRATCH:
-                yield second._replace(label=label)
+                yield Event(Kind.SCRATCH, second.subject, label)
             elif second.kind == Kind.MOMENT:
                 yield self._moment(second, self.axis.index(second.label) or 0, unit)
             elif second.kind == Kind.BIRTH:
                 twin = self.twins[second.subject]
                 if (twin, unit) not in self.copies:
                     self.copies[twin, unit] = len(self.allocations)
-                    self.allocations.append(self.log.allocations[second.subject]._replace(label=label))
+                    like = self.log.allocations[second.subject]
+                    self.allocations.append(Allocation(like.size, like.part, label))
                 yield Event(Kind.BIRTH, self.copies[twin, unit], label)
             else:
                 yield Event(Kind.DEATH, self._counterpart(first, second, unit), label)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _SEED = 0  # weights without values need no better
+_NUMBERING = ("layer_idx", "layer_id")  # what a layer knows of its place
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     depth = whole.get_text_config().num_hidden_layers
     built = depth if full_depth else min(depth, TRACED)
     device = torch.device(scenario.device.kind)
-    attention = choose_attention(scenario.attention, device, whole, capability=scenario.device.capability)
+    # The flash-attn package is the same kernel for memory's sake, and cannot be called without a GPU.
+    requested = "varlen" if scenario.attention == "flash_attention_2" else scenario.attention
+    attention = choose_attention(requested, device, whole, capability=scenario.device.capability)
     model = _adapted(_base_model(scenario, parse_config(_with_layers(scenario.config, built)), attention), scenario)
     layers = decoder_layers(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -90,7 +93,11 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The longest list of modules, which holds the decoder's layers. Raises ModelError where there is none."""
-    lists = [module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and ".experts" not in name]
+    lists = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not name.endswith("experts")
+    ]
     if not lists:
         raise ModelError(f"{type(model).__name__} keeps its layers in no list; its memory cannot be estimated")
     return max(lists, key=len)
@@ -118,7 +125,7 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
         plain = sorted(
             (key, value)
             for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and not key.startswith("_") and key not in {"layer_idx", "layer_id"}
+            if isinstance(value, bool | int | float | str) and key not in _NUMBERING and not key.startswith("_")
         )
         shapes = tuple((key, tuple(tensor.shape)) for key, tensor in module.named_parameters(recurse=False))
         settings.append((name, type(module).__name__, tuple(plain), shapes))
@@ -219,7 +226,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
         return known[id(tensor)][1]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (module._parameters, module._buffers):  # noqa: SLF001 - modules let nobody else replace them
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainkit.errors import MachineError, ModelError
-from trainkit.memory.advice import changes, remembering, rows_for_auto
-from trainkit.memory.estimate import Estimate, estimate
+from trainkit.memory.advice import Question, changes, rows_for_auto
+from trainkit.memory.estimate import Estimate, estimate, quick_peak_bytes
 from trainkit.memory.machine import available_memory_bytes, process_memory_bytes
 from trainkit.memory.scenario import Device, scenario_of
 from trainkit.memory.sizes import gib
@@ -17,7 +17,6 @@ from trainkit.memory.verdict import Capacity, context_bytes, process_bytes, verd
 from trainkit.model.checking import read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from trainkit.memory.scenario import Scenario
@@ -45,7 +44,7 @@ def fit(recipe: Recipe, folder: Path, device: torch.device) -> Fit:
     Raises MachineError when the step cannot fit into what is free on ``device``, with the cheapest change that helps.
     """
     scenario = scenario_of(recipe, read_config(folder), device=_described(device))
-    ask = remembering(estimate)
+    ask = Question(estimate, quick_peak_bytes)
     capacity = _free(device, scenario.device)
     asked = recipe.training.micro_batch_size
     try:
@@ -80,14 +79,14 @@ def _free(device: torch.device, described: Device) -> Capacity:
     return Capacity(str(device), available_memory_bytes(device) + context_bytes(described))
 
 
-def _chosen_rows(scenario: Scenario, capacity: Capacity, ask: Callable[[Scenario], Estimate]) -> int:
+def _chosen_rows(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
     most = None
     if scenario.device.kind == "cpu":
         most = max(1, CPU_MICRO_BATCH_TOKENS // scenario.sequence_length)
     return rows_for_auto(scenario, capacity, ask, most_rows=most)
 
 
-def _refusal(scenario: Scenario, found: Estimate, capacity: Capacity, ask: Callable[[Scenario], Estimate]) -> str:
+def _refusal(scenario: Scenario, found: Estimate, capacity: Capacity, ask: Question) -> str:
     """One line: what is needed, what is there, and the cheapest change that makes it fit on one device."""
     helping = [change for change in changes(scenario, capacity, ask) if change.scenario.gpus == 1]
     hint = "take a smaller model, or a smaller packing.sequence_length"

@@ -25,6 +25,7 @@ class FourBitLinear(nn.Linear):
             numbers = layer.in_features * layer.out_features
             scales = -(-numbers // _BLOCK)
             self.weight = nn.Parameter(torch.empty(-(-numbers // 2), 1, dtype=torch.uint8), requires_grad=False)
+            self.scales: torch.Tensor
             self.register_buffer("code", torch.empty(16))
             if double_quantisation:
                 self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
@@ -41,7 +42,7 @@ class FourBitLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the signature of nn.Linear
         """The product in the compute type, then in the input's type; peft's layer around an adapted one copies it."""
-        out: torch.Tensor = _FourBitProduct.apply(input.to(self.compute), self)
+        out: torch.Tensor = _FourBitProduct.apply(input.to(self.compute), self)  # type: ignore[no-untyped-call]
         out = out.to(input.dtype)
         return out.clone() if self.is_adapted else out
 
@@ -59,13 +60,13 @@ class _FourBitProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(_context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(_context: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         unpacked = _unpacked(_context.layer, grad.dtype)
         return torch.matmul(grad, unpacked), None
 
 
 def _unpacked(layer: FourBitLinear, dtype: torch.dtype) -> torch.Tensor:
-    scales = torch.empty(layer.scales.shape, dtype=torch.float32) if layer.double_quantisation else None
+    scales = torch.empty_like(layer.scales, dtype=torch.float32) if layer.double_quantisation else None
     weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
     del scales
     return weight

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def flash_backward(
     rows: int, tokens: int, heads: int, width: int, key_tokens: int, key_heads: int, number_bytes: int
 ) -> int:
-    """dq in fp32 and a sum per query, rows padded to 128 (flash_api.cpp, mha_bwd); GQA widens dk and dv first."""
+    """The gradient of queries in fp32 and a sum per query, rows padded to 128; GQA widens keys' gradients first.
+
+    flash_api.cpp, mha_bwd.
+    """
     widened = _widened_keys(rows * key_tokens, key_heads, heads, width, number_bytes)
     return _flash_buffers(rows * rounded_up(tokens, 128), heads, width) + widened
 

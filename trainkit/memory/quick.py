@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.resources import files
+from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trainkit.memory.event_log import TRACED, Axis, EventLog, unfold
@@ -44,13 +45,17 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 
 
 class LogKey(NamedTuple):
-    """What makes a step another sequence of operators. ``accumulates``: gradients are there before the step."""
+    """What makes a step another sequence of operators.
+
+    ``accumulates``: gradients are there before the step. ``one_chunk``: the loss is not cut.
+    """
 
     family: Family
     tied: bool
     method: Method
     checkpointed: bool
     accumulates: bool
+    one_chunk: bool
 
     @property
     def file_name(self) -> str:
@@ -58,6 +63,7 @@ class LogKey(NamedTuple):
         words = [self.family, "tied" if self.tied else "untied", self.method]
         words += ["checkpointed"] if self.checkpointed else []
         words += ["accumulating"] if self.accumulates else []
+        words += ["one-chunk"] if self.one_chunk else []
         return "-".join(words) + ".json.gz"
 
 
@@ -65,12 +71,10 @@ def all_keys() -> Iterator[LogKey]:
     """Every log that is stored."""
     families: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
     methods: tuple[Method, ...] = ("full", "lora", "qlora")
-    for family in families:
-        for tied in (False, True):
-            for method in methods:
-                for checkpointed in (False, True):
-                    for accumulates in (False, True):
-                        yield LogKey(family, tied, method, checkpointed, accumulates)
+    either = (False, True)
+    for family, tied, method in product(families, either, methods):
+        for checkpointed, accumulates, one_chunk in product(either, either, either):
+            yield LogKey(family, tied, method, checkpointed, accumulates, one_chunk)
 
 
 _loaded: dict[LogKey, SymbolicLog] = {}
@@ -84,14 +88,14 @@ def covers(scenario: Scenario) -> bool:
 def quick_log(scenario: Scenario) -> EventLog:
     """The step's log at full depth, of a scenario that is covered."""
     folded = _at(scenario)
-    layers, chunks = scenario.config["num_hidden_layers"], _chunks(scenario)
-    return unfold(unfold(folded, layers), chunks, Axis.CHUNK)
+    for axis, count in _counts(scenario).items():
+        folded = unfold(folded, count, axis)
+    return folded
 
 
 def quick_peak_bytes(scenario: Scenario) -> int:
     """The allocated peak alone, without libraries' workspaces: for a search among many scenarios, all covered."""
-    counts = {Axis.LAYER: scenario.config["num_hidden_layers"], Axis.CHUNK: _chunks(scenario)}
-    return peak_of_folded(_at(scenario), counts)
+    return peak_of_folded(_at(scenario), _counts(scenario))
 
 
 def quick_counts(scenario: Scenario) -> tuple[int, int]:
@@ -145,11 +149,11 @@ def _covers_training(scenario: Scenario) -> bool:
         scenario.loop == "trainkit"
         and (device.kind == "cuda" and device.capability >= AMPERE)
         and scenario.precision == scenario.frozen_storage == "bf16"
-        and scenario.attention in {"auto", "varlen"}
+        and scenario.attention in {"auto", "varlen", "flash_attention_2"}
         and scenario.optimizer == "adamw"
         and scenario.documents_per_row == 1
         and (scenario.shard in {"none", "ddp"} or scenario.gpus == 1)
-        and (_chunks(scenario) > 1 and logits > _PLAIN_LOGITS)
+        and logits > _PLAIN_LOGITS
         and (adapter is None or _adapts_every_linear_layer(adapter))
     )
 
@@ -158,9 +162,9 @@ def _adapts_every_linear_layer(adapter: Adapter) -> bool:
     """With one rank, no dropout and nothing besides."""
     targets = adapter.target_modules
     plain = Adapter(type=adapter.type, r=adapter.r)
-    free = {"alpha": plain.alpha, "use_rslora": plain.use_rslora, "init_lora_weights": plain.init_lora_weights}
-    same = replace(adapter, target_modules=plain.target_modules, alpha_pattern={}, **free) == plain
-    return same and (targets == "all-linear" or frozenset(targets) == _LINEAR_LAYERS)
+    numbers = replace(adapter, target_modules="all-linear", alpha_pattern={}, alpha=plain.alpha)
+    same = replace(numbers, use_rslora=False, init_lora_weights=True)
+    return same == plain and (targets == "all-linear" or frozenset(targets) == _LINEAR_LAYERS)
 
 
 def _at(scenario: Scenario) -> EventLog:
@@ -191,6 +195,7 @@ def key_of(scenario: Scenario) -> LogKey:
         method=scenario.method,
         checkpointed=scenario.activation_checkpointing,
         accumulates=scenario.micro_batches > 1,
+        one_chunk=_chunks(scenario) == 1,
     )
 
 
@@ -201,12 +206,18 @@ def _load(key: LogKey) -> SymbolicLog:
     return _loaded[key]
 
 
+def _counts(scenario: Scenario) -> dict[Axis, int]:
+    """How many units of each axis that repeats."""
+    chunks = _chunks(scenario)
+    return {Axis.LAYER: scenario.config["num_hidden_layers"]} | ({Axis.CHUNK: chunks} if chunks > 1 else {})
+
+
 def _chunks(scenario: Scenario) -> int:
     return -(-scenario.tokens // _CHUNK_TOKENS)
 
 
 def _is_tied(config: Mapping[str, Any]) -> bool:
-    """transformers' default differs: of these families only a config that says so is tied."""
+    """Of these families only a config that says so is tied."""
     return bool(config.get("tie_word_embeddings", False))
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from trainkit.memory.device_look import cuda_scratch
 from trainkit.memory.event_log import Kind
 from trainkit.memory.fake_model import fake_model
-from trainkit.memory.quick import LogKey
 from trainkit.memory.scenario import Scenario
 from trainkit.memory.symbolic_log import Dimensions, SymbolicLog
 from trainkit.memory.trace import step_log
@@ -19,6 +18,7 @@ from trainkit.recipe.schema import Adapter
 
 if TYPE_CHECKING:
     from trainkit.memory.event_log import EventLog
+    from trainkit.memory.quick import LogKey
 
 _TAGS = Dimensions(
     rows=37,
@@ -66,11 +66,12 @@ def record(key: LogKey) -> SymbolicLog:
 
     scenario = scenario_to_record(key)
     model = fake_model(scenario, full_depth=True)
-    return _decoded(step_log(scenario, model, chunk_tokens=_CHUNK, scratch_bytes=marked), calls)
+    chunk_tokens = scenario.tokens if key.one_chunk else _CHUNK
+    return _decoded(step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls)
 
 
 def scenario_to_record(key: LogKey) -> Scenario:
-    """A step of four layers and four chunks, of which the last is the shortest."""
+    """A step of four layers and, unless it is in one, four chunks, of which the last is the shortest."""
     dimensions = _RECORDED
     heads = dimensions.key_value_heads * dimensions.queries_per_key
     config = {
@@ -101,9 +102,7 @@ def _decoded(log: EventLog, calls: list[tuple[str, tuple[int, ...]]]) -> Symboli
     def index(number: int) -> int:
         return sizes.setdefault(_factors(number), len(sizes))
 
-    allocations = [
-        allocation._replace(size=index(log.sizes[allocation.size])) for allocation in log.allocations
-    ]
+    allocations = [allocation._replace(size=index(log.sizes[allocation.size])) for allocation in log.allocations]
     events = [
         event._replace(subject=log.sizes[event.subject] - _SCRATCH_MARK) if event.kind == Kind.SCRATCH else event
         for event in log.events

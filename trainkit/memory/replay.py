@@ -31,10 +31,14 @@ class Moment:
 
 
 def highest_moments(log: EventLog, block_bytes: int = CUDA_BLOCK_BYTES) -> Iterator[Moment]:
-    """For each moment of the log, in order, its highest point. ``block_bytes`` 1 rounds nothing (the CPU's allocator)."""
+    """For each moment of the log, in order, its highest point.
+
+    Sizes are rounded to ``block_bytes``; 1 rounds nothing, as the CPU's allocator.
+    """
     parts: dict[str, int] = defaultdict(int)
     allocated = 0
-    highest, at_highest = -1, {}
+    highest = -1
+    at_highest: dict[str, int] = {}
     phase_and_place: tuple[str, str] | None = None
     for event in log.events:
         if event.kind == Kind.MOMENT:

@@ -21,6 +21,7 @@ from trainkit.memory.device_look import Look, cpu_substitutes, cuda_scratch_byte
 from trainkit.memory.event_log import TRACED, Axis, EventLog, NotPeriodicError, unfold
 from trainkit.memory.fake_model import FakeModel, equal_layers, fake_model, layer_of_tensors
 from trainkit.memory.fake_optimizer import make_state, optimizer_of, state_tensors
+from trainkit.memory.scenario import AMPERE
 from trainkit.memory.sharding import pretended_processes, shard_fully
 from trainkit.memory.tracker import Tracker
 from trainkit.model.loss import CHUNK_TOKENS, HeadPath, LossModel
@@ -81,7 +82,8 @@ def trace(scenario: Scenario) -> Trace:
         # A layer gathers the weights of the one after the next, so that few layers do not stand for all.
         model = fake_model(scenario, full_depth=True)
         with pretended_processes(scenario.gpus):
-            return Trace(_traced(scenario, model), model.parameters, model.trainable_parameters)
+            log = _traced(scenario, model)
+        return Trace(log, model.parameters, model.trainable_parameters, _remarks(scenario, model))
     if equal_layers(scenario.config):
         model = fake_model(scenario, full_depth=False)
         try:
@@ -91,9 +93,25 @@ def trace(scenario: Scenario) -> Trace:
         except NotPeriodicError:
             pass
         else:
-            return Trace(log, model.parameters, model.trainable_parameters)
+            return Trace(log, model.parameters, model.trainable_parameters, _remarks(scenario, model))
     model = fake_model(scenario, full_depth=True)
-    return Trace(_traced(scenario, model), model.parameters, model.trainable_parameters)
+    return Trace(_traced(scenario, model), model.parameters, model.trainable_parameters, _remarks(scenario, model))
+
+
+def _remarks(scenario: Scenario, model: FakeModel) -> tuple[str, ...]:
+    """What a reader would not expect: attention without a fused kernel."""
+    text = model.model.config.get_text_config()
+    heads, key_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    shares_keys = heads is not None and key_heads is not None and key_heads < heads
+    has_kernel = scenario.device.capability >= AMPERE and scenario.precision != "fp32"
+    by_document = model.attention.name in {"sdpa", "varlen"}
+    if scenario.device.kind == "cuda" and by_document and shares_keys and not has_kernel:
+        sentence = (
+            "attention: no fused kernel shares key/value heads in this precision on this GPU, so that all "
+            "sequence_length x sequence_length scores are kept; memory grows with the square of the length"
+        )
+        return (sentence,)
+    return ()
 
 
 def _traced(scenario: Scenario, model: FakeModel) -> EventLog:
@@ -208,7 +226,7 @@ class Watcher:
         self.tracker.moment("loss", "output head")
 
     def _chunk_starts(self, *_: object) -> None:
-        """The head runs once for each chunk, forward; and once more in the backward pass, from the last to the first."""
+        """The head runs once for each chunk; and again in the backward pass, from the last chunk to the first."""
         if self.tracker.place == "output head" and self._chunks_left:
             self._backward_through_chunks = True
         if self._backward_through_chunks:
@@ -238,7 +256,7 @@ class Watcher:
 
         return hook
 
-    def _embedded(self, _module: object, _inputs: object, output: torch.Tensor) -> None:
+    def _embedded(self, _module: object, _inputs: object, output: Any) -> None:
         if self.tracker.phase == "forward" and output.requires_grad:
             output.register_hook(lambda _: self.tracker.moment("backward", "embedding"))
 
@@ -321,7 +339,7 @@ def _head_is_apart(model: Any) -> bool:
 
 
 def _shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata  # noqa: SLF001 - its only identity
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)  # noqa: SLF001 - its only identity
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -38,11 +38,11 @@ class _Piece:
     alive: bool = True
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The mode. :meth:`moment` says where the step is, :meth:`own` what was there before it, :meth:`log` ends it."""
 
     def __init__(self, scratch_bytes: Callable[[Any, tuple[Any, ...]], int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._scratch_bytes = scratch_bytes
         self._pieces: list[_Piece] = []
         self._events: list[tuple[Kind, int, int | None]] = []
@@ -62,7 +62,7 @@ class Tracker(TorchDispatchMode):
         self._events.append((Kind.MOMENT, index, label))
 
     def moment_at_next_birth(self, phase: str, place: str) -> None:
-        """The step goes to ``place`` with the next piece of memory: what dies until then belongs to what came before."""
+        """The step goes to ``place`` with the next piece: what dies until then belongs to what came before."""
         self._next = (phase, place)
 
     def own(self, tensor: torch.Tensor, part: str, label: int | None) -> None:
@@ -86,21 +86,21 @@ class Tracker(TorchDispatchMode):
         ]
         return EventLog(allocations, events, list(sizes), list(self._moments))
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         tracker, resize = self, self._resize
 
-        def watched(storage: torch.UntypedStorage, size: int) -> Any:
+        def watched(storage: Any, size: int) -> Any:
             """FSDP2 frees and takes its unsharded weights by resizing, which no dispatch mode sees."""
             result = resize(storage, size)
             tracker._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
-        return super().__enter__()  # type: ignore[no-any-return]
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign,assignment]
+        return super().__enter__()  # type: ignore[no-any-return,no-untyped-call]
 
     def __exit__(self, *arguments: object) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*arguments)
+        super().__exit__(*arguments)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -186,9 +186,9 @@ class Tracker(TorchDispatchMode):
     def _accumulated_in_place(self) -> list[tuple[Kind, int, int | None]]:
         """The events, each sum of two gradients taking the place of the first where autograd would add in place.
 
-        Under a dispatch mode it adds out of place always; in earnest it does so only where somebody else holds the
-        first gradient (``can_accumulate_inplace`` in autograd/input_buffer.cpp). Where nobody does, that dies right
-        after the sum is born; its death is put before.
+        Under a dispatch mode autograd adds out of place always. Without one it adds in place, unless somebody else
+        holds the first gradient (``can_accumulate_inplace`` in autograd/input_buffer.cpp). Where nobody does, that
+        gradient dies right after the sum is born; its death is put before.
         """
         events = list(self._events)
         for index, (kind, number, _) in enumerate(events):
@@ -222,7 +222,9 @@ class Tracker(TorchDispatchMode):
         """
         owners = {number: self._pieces[number].label for _, number, _ in deaths}
         near = here is not None and all(_are_near(owner, here) for owner in owners.values() if owner is not None)
-        own = [(kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)]
+        own = [
+            (kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)
+        ]
         taken = {number for _, number, _ in own}
         others = [(kind, number, owners[number]) for kind, number, _ in deaths if number not in taken]
         yield from own
@@ -235,18 +237,18 @@ def _are_near(one: int, other: int) -> bool:
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     """The storages under a tensor; a wrapper (DTensor) has those of its parts."""
-    if not is_traceable_wrapper_subclass(tensor):
+    wrapper: Any = tensor  # how it shows its parts has no types
+    if not is_traceable_wrapper_subclass(wrapper):
         yield tensor.untyped_storage()
         return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        part = getattr(tensor, name)
+    for name in wrapper.__tensor_flatten__()[0]:
+        part = getattr(wrapper, name)
         if isinstance(part, torch.Tensor):
             yield from _storages(part)
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    return storage._cdata  # noqa: SLF001 - its only identity
+    return int(storage._cdata)  # noqa: SLF001 - its only identity
 
 
 def _is_distributed(kind: type) -> bool:
