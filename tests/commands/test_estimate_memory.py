@@ -70,6 +70,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     stand_in = StandIn()
     monkeypatch.setattr("trainkit.commands.estimate_memory.estimate", stand_in)
+    monkeypatch.setattr("trainkit.commands.estimate_memory.quick_peak_bytes", lambda _scenario: None)
     return stand_in
 
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from trainkit.memory.advice import (
     METHODS,
+    Question,
     changes,
     cheapest_method,
     fitting,
     largest_micro_batch,
     longest_row,
-    remembering,
     rows_for_auto,
 )
 from trainkit.memory.estimate import PARTS, Estimate
@@ -67,6 +67,8 @@ def closed_form(asked: Scenario) -> Estimate:
     return Estimate(PARAMETERS, trained, peak, peak + 2**20, "backward", "layer 20", parts, (), "quick", 0.001)
 
 
+ASK = Question(closed_form)
+ASK_KNOWING = Question(closed_form, lambda scenario: closed_form(scenario).peak_allocated_bytes)
 LORA = scenario(adapter=Adapter())
 
 
@@ -75,31 +77,33 @@ def capacity(gib: float) -> Capacity:
 
 
 def fits(asked: Scenario, gib: float) -> bool:
-    return fitting(asked, capacity(gib), closed_form)
+    return fitting(asked, capacity(gib), ASK)
 
 
 @given(st.floats(1, 200))
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not(gib: float) -> None:
-    rows = largest_micro_batch(LORA, capacity(gib), closed_form)
+    rows = largest_micro_batch(LORA, capacity(gib), ASK)
+    assert largest_micro_batch(LORA, capacity(gib), ASK_KNOWING) == rows
     assert rows == 0 or fits(replace(LORA, micro_batch_size=rows), gib)
     assert not fits(replace(LORA, micro_batch_size=rows + 1), gib)
 
 
 @given(st.floats(1, 400))
 def test_the_longest_row_fits_and_64_tokens_more_do_not(gib: float) -> None:
-    tokens = longest_row(LORA, capacity(gib), closed_form, None)
+    tokens = longest_row(LORA, capacity(gib), ASK, None)
+    assert longest_row(LORA, capacity(gib), ASK_KNOWING, None) == tokens
     assert tokens % 64 == 0
     assert tokens == 0 or fits(replace(LORA, sequence_length=tokens), gib)
     assert not fits(replace(LORA, sequence_length=tokens + 64), gib)
 
 
 def test_nothing_is_searched_beyond_a_million_tokens() -> None:
-    assert largest_micro_batch(LORA, capacity(10**6), closed_form) == 512
-    assert longest_row(LORA, capacity(10**9), closed_form, None) == 2**20
+    assert largest_micro_batch(LORA, capacity(10**6), ASK) == 512
+    assert longest_row(LORA, capacity(10**9), ASK, None) == 2**20
 
 
 def test_no_row_is_longer_than_the_positions() -> None:
-    assert longest_row(LORA, capacity(400), closed_form, 1000) == 1000
+    assert longest_row(LORA, capacity(400), ASK, 1000) == 1000
 
 
 def test_a_search_takes_few_estimates() -> None:
@@ -109,28 +113,43 @@ def test_a_search_takes_few_estimates() -> None:
         asked.append(question)
         return closed_form(question)
 
-    rows = largest_micro_batch(LORA, capacity(80), remembering(counting))
+    rows = largest_micro_batch(LORA, capacity(80), Question(counting))
     assert len(asked) <= 6
     assert max(question.micro_batch_size for question in asked) == rows + 1
     asked.clear()
-    longest_row(LORA, capacity(80), remembering(counting), None)
+    longest_row(LORA, capacity(80), Question(counting), None)
     assert len(asked) <= 16  # the quadratic term bends the line
+
+
+def test_what_is_known_in_no_time_saves_most_estimates() -> None:
+    asked: list[Scenario] = []
+
+    def counting(question: Scenario) -> Estimate:
+        asked.append(question)
+        return closed_form(question)
+
+    knowing = Question(counting, lambda scenario: closed_form(scenario).peak_allocated_bytes)
+    largest_micro_batch(LORA, capacity(80), knowing)
+    longest_row(LORA, capacity(80), knowing, None)
+    assert len(asked) <= 4
+    assert not fitting(scenario(), capacity(10), knowing)
+    assert len(asked) <= 4
 
 
 def test_auto_takes_a_divisor_of_the_rows_of_a_step() -> None:
     asked = scenario(micro_batch_size=1, micro_batches=12, adapter=Adapter())
-    most = largest_micro_batch(asked, capacity(24), closed_form)
+    most = largest_micro_batch(asked, capacity(24), ASK)
     assert most == 7
-    assert rows_for_auto(asked, capacity(24), closed_form) == 6
-    assert rows_for_auto(asked, capacity(24), closed_form, most_rows=3) == 3
-    assert rows_for_auto(asked, capacity(1), closed_form) == 0
+    assert rows_for_auto(asked, capacity(24), ASK) == 6
+    assert rows_for_auto(asked, capacity(24), ASK, most_rows=3) == 3
+    assert rows_for_auto(asked, capacity(1), ASK) == 0
 
 
 @pytest.mark.parametrize("gib", [10, 16, 20, 24])
 def test_every_advice_fits_and_its_lines_say_what_it_changes(gib: float) -> None:
     asked = scenario()
     assert not fits(asked, gib)
-    found = changes(asked, capacity(gib), closed_form)
+    found = changes(asked, capacity(gib), ASK)
     assert found
     for change in found:
         assert fits(change.scenario, gib)
@@ -143,9 +162,7 @@ def test_every_advice_fits_and_its_lines_say_what_it_changes(gib: float) -> None
 
 
 def test_the_lines_can_be_pasted_into_a_recipe(tmp_path: Path) -> None:
-    qlora = next(
-        change for change in changes(scenario(), capacity(10), closed_form) if change.scenario.method == "qlora"
-    )
+    qlora = next(change for change in changes(scenario(), capacity(10), ASK) if change.scenario.method == "qlora")
     path = tmp_path / "recipe.yaml"
     path.write_text("\n".join(["data: {train: a.jsonl}", "output_dir: runs/a", *qlora.lines]))
     recipe = read_recipe(str(path), ["training.steps=1", "model.name=tiny"]).recipe
@@ -166,27 +183,50 @@ def kind(changed: Scenario) -> str:
 
 @pytest.mark.parametrize("gib", [10, 16, 20, 24])
 def test_advice_goes_from_what_costs_little_to_what_costs_much(gib: float) -> None:
-    kinds = [kind(change.scenario) for change in changes(scenario(), capacity(gib), closed_form)]
+    kinds = [kind(change.scenario) for change in changes(scenario(), capacity(gib), ASK)]
     order = ["rows", "time", "moments", "lora", "qlora", "GPUs"]
     assert sorted(kinds, key=order.index) == kinds
-    assert kinds.count("GPUs") == 2  # all weights sharded, or only adapters trained
+    assert kinds[-1] == "GPUs"
+
+
+def test_adapters_on_several_gpus_stand_beside_all_weights_where_one_gpu_is_never_enough() -> None:
+    found = changes(scenario(micro_batch_size=1), capacity(1.1), ASK)
+    assert [(change.scenario.method, change.scenario.shard) for change in found] == [
+        ("full", "fsdp2"),
+        ("lora", "fsdp2"),
+    ]
+    assert found[1].scenario.gpus < found[0].scenario.gpus
+
+
+def test_several_gpus_are_asked_about_twice_at_most() -> None:
+    asked: list[Scenario] = []
+
+    def counting(question: Scenario) -> Estimate:
+        asked.append(question)
+        return closed_form(question)
+
+    [*_, sharded] = changes(scenario(), capacity(4), Question(counting))
+    several = [question.gpus for question in asked if question.gpus > 1]
+    assert len(several) <= 2
+    fewer = replace(sharded.scenario, gpus=sharded.scenario.gpus // 2)
+    assert not fits(fewer, 4)
 
 
 def test_nothing_is_advised_where_nothing_helps() -> None:
-    assert changes(scenario(), capacity(0.6), closed_form) == []
+    assert changes(scenario(), capacity(0.6), ASK) == []
 
 
 def test_the_cheapest_method_is_the_first_that_fits() -> None:
     one_row = scenario(micro_batch_size=1)
     for gib in (24, 18, 10, 6, 4, 2):
-        best = cheapest_method(one_row, PARAMETERS, capacity(gib), closed_form)
+        best = cheapest_method(one_row, PARAMETERS, capacity(gib), ASK)
         expected = next((method for method in METHODS if fits(method.of(one_row), gib)), None)
         assert (best[0] if best else None) == expected
-    assert cheapest_method(one_row, PARAMETERS, capacity(0.5), closed_form) is None
+    assert cheapest_method(one_row, PARAMETERS, capacity(0.5), ASK) is None
 
 
 def test_what_cannot_fit_for_its_weights_alone_is_not_estimated() -> None:
     def never(_asked: Scenario) -> Estimate:
         raise AssertionError
 
-    assert cheapest_method(scenario(), 10**12, capacity(80), never) is None
+    assert cheapest_method(scenario(), 10**12, capacity(80), Question(never)) is None

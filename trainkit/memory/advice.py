@@ -128,13 +128,18 @@ def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_ro
 
 def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
     """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does."""
-    found = [change for change in _on_one_gpu(scenario, capacity, ask) if change is not None]
-    if scenario.gpus > 1 or scenario.method == "qlora":
-        return found
-    sharded = _sharded(scenario, scenario, capacity, ask)
-    if not found and sharded is None and scenario.adapter is None:
-        sharded = _sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask)
-    return found if sharded is None else [*found, sharded]
+    found = changes_of_recipe(scenario, capacity, ask)
+    sharded = []
+    if scenario.gpus == 1 and scenario.method != "qlora":
+        sharded.append(_sharded(scenario, scenario, capacity, ask))
+        if not found and scenario.adapter is None:
+            sharded.append(_sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask))
+    return [*found, *(change for change in sharded if change is not None)]
+
+
+def changes_of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
+    """Those of :func:`changes` that need no further GPU."""
+    return [change for change in _of_recipe(scenario, capacity, ask) if change is not None]
 
 
 def cheapest_method(
@@ -151,7 +156,7 @@ def cheapest_method(
     return None
 
 
-def _on_one_gpu(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
+def _of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
     yield _fewer_rows(scenario, "the step takes more passes", capacity, ask)
     checkpointed = replace(scenario, activation_checkpointing=True)
     if not scenario.activation_checkpointing:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainkit.errors import MachineError, ModelError
-from trainkit.memory.advice import Question, changes, rows_for_auto
+from trainkit.memory.advice import Question, changes_of_recipe, rows_for_auto
 from trainkit.memory.estimate import Estimate, estimate, quick_peak_bytes
 from trainkit.memory.machine import available_memory_bytes, process_memory_bytes
 from trainkit.memory.scenario import Device, scenario_of
@@ -88,7 +88,7 @@ def _chosen_rows(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
 
 def _refusal(scenario: Scenario, found: Estimate, capacity: Capacity, ask: Question) -> str:
     """One line: what is needed, what is there, and the cheapest change that makes it fit on one device."""
-    helping = [change for change in changes(scenario, capacity, ask) if change.scenario.gpus == 1]
+    helping = changes_of_recipe(scenario, capacity, ask)
     hint = "take a smaller model, or a smaller packing.sequence_length"
     if helping:
         first = helping[0]
