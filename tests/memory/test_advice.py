@@ -57,7 +57,7 @@ def closed_form(asked: Scenario) -> Estimate:
     a_token = WIDTH * (2 * LAYERS + 36 if asked.activation_checkpointing else 36 * LAYERS)
     parts = dict.fromkeys(PARTS, 0) | {
         "weights": base // share,
-        "adapters": 0 if asked.adapter is None else 4 * trained,
+        "adapters": 0 if asked.adapter is None else 4 * trained // share,
         "gradients": 4 * trained // share,
         "optimizer state": (8 if asked.optimizer == "adamw" else 2) * trained // share,
         "activations": asked.tokens * a_token,
