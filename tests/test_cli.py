@@ -360,6 +360,7 @@ def test_the_program_fails_with_the_exit_code_and_no_traceback() -> None:
         ["estimate-memory", "--help"],
         ["estimate-memory", "--model", "lama-70b"],
         ["estimate-memory", "--model", "llama-70b", "--memory", "24"],
+        ["estimate-memory", "--model", "llama-3.1-8b", "--adapter", "lora", "--gpu", "h100-80gb"],
     ],
 )
 def test_help_and_refusals_load_nothing_heavy(arguments: list[str]) -> None:

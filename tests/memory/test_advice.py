@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +135,16 @@ def test_what_is_known_in_no_time_saves_most_estimates() -> None:
     assert len(asked) <= 4
     assert not fitting(scenario(), capacity(10), knowing)
     assert len(asked) <= 4
+
+
+def test_what_libraries_log_meanwhile_is_not_said(capfd: pytest.CaptureFixture[str]) -> None:
+    def talking(question: Scenario) -> Estimate:
+        logging.getLogger("some.library").error("no kernel for this")
+        return closed_form(question)
+
+    Question(talking)(scenario())
+    assert capfd.readouterr().err == ""
+    assert logging.getLogger("some.library").isEnabledFor(logging.ERROR)
 
 
 def test_auto_takes_a_divisor_of_the_rows_of_a_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -75,13 +77,25 @@ class Question:
         """The estimate for a scenario."""
         key = repr(scenario)
         if key not in self._answers:
-            self._answers[key] = self._estimate(scenario)
+            with _libraries_silent():
+                self._answers[key] = self._estimate(scenario)
         return self._answers[key]
 
     def least_bytes(self, scenario: Scenario) -> int | None:
         """What the process surely takes: peak allocated and context; None where that is not known in no time."""
         allocated = self._allocated(scenario)
         return None if allocated is None else allocated + context_bytes(scenario.device)
+
+
+@contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """What libraries log while a step is traced is about tensors that are not there; what is wrong is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
