@@ -17,6 +17,7 @@ from trainkit.memory.quick import LogKey, all_keys, covers, key_of
 from trainkit.memory.recording import record
 from trainkit.memory.replay import CUDA_BLOCK_BYTES
 from trainkit.memory.scenario import Device, Scenario
+from trainkit.memory.symbolic_log import SymbolicLog
 from trainkit.model.loss import _PLAIN_LOGITS, CHUNK_TOKENS
 from trainkit.recipe.schema import Adapter
 
@@ -67,8 +68,8 @@ def test_the_recorded_answer_is_the_traced_one(case: str) -> None:
 
 
 def assert_current(key: LogKey) -> None:
-    stored = LOGS / key.file_name
-    assert stored.read_bytes() == record(key).to_bytes(), "run scripts/record_memory_logs"
+    stored = SymbolicLog.from_bytes((LOGS / key.file_name).read_bytes())
+    assert stored == SymbolicLog.from_bytes(record(key).to_bytes()), "run scripts/record_memory_logs"
 
 
 def test_a_stored_log_is_what_a_trace_records_today() -> None:

@@ -175,7 +175,7 @@ UNFOLDED = {
     "accumulated": replace(ON_GPU, micro_batches=2),
     "lora-checkpointed": replace(ON_GPU, adapter=LORA, activation_checkpointing=True),
     "qlora": replace(ON_GPU, adapter=Adapter(type="qlora", r=8), optimizer="adamw_8bit"),
-    "adafactor": replace(ON_GPU, optimizer="adafactor", precision="fp16"),
+    "sgd-fp16": replace(ON_GPU, optimizer="sgd", precision="fp16"),
     "eager": replace(ON_GPU, attention="eager"),
 }
 
@@ -300,6 +300,13 @@ def test_what_is_no_model_is_refused_in_one_line(config: dict[str, Any], message
 def test_an_adapter_that_fits_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="q_porj"):
         estimate(replace(PLAIN, adapter=Adapter(target_modules=("q_porj",))))
+
+
+def test_adafactor_which_takes_weights_one_by_one_can_be_traced() -> None:
+    """Its temporary copies of one weight live into the next, so that all layers are traced."""
+    found = estimate(replace(with_layers(ON_GPU, 6), optimizer="adafactor"))
+    factors = found.parts["optimizer state"]
+    assert 0 < factors < 0.1 * found.parts["weights"]
 
 
 def test_attention_without_a_kernel_is_said() -> None:

@@ -23,10 +23,9 @@ def optimizer_of(model: torch.nn.Module, scenario: Scenario) -> torch.optim.Opti
     if scenario.optimizer == "adamw_8bit":
         return EightBitAdamW(parameter_groups(model, 0.0))
     optimizer = make_optimizer(model, Training(steps=1, optimizer=scenario.optimizer))
-    if scenario.device.kind == "cuda":
+    if scenario.device.kind == "cuda" and isinstance(optimizer, torch.optim.SGD):
         for group in optimizer.param_groups:
-            if group.get("foreach", False) is None and not group.get("fused"):
-                group["foreach"] = True  # torch's choice on CUDA; it looks at the device, which is "cpu" here
+            group["foreach"] = True  # torch's choice on CUDA; it looks at the device, which is "cpu" here
     return optimizer
 
 

@@ -201,7 +201,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return events
 
     def _in_order(self, events: list[tuple[Kind, int, int | None]]) -> Iterator[tuple[Kind, int, int | None]]:
-        """The events, deaths labelled, and sorted where they come from unordered sets."""
+        """The events, deaths that follow each other labelled and sorted: some come from unordered sets."""
         here: int | None = None
         for kind, group in groupby(events, key=lambda event: event[0]):
             same = list(group)
@@ -227,7 +227,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         taken = {number for _, number, _ in own}
         others = [(kind, number, owners[number]) for kind, number, _ in deaths if number not in taken]
-        yield from own
+        yield from sorted(own)
         yield from sorted(others, key=lambda event: (event[2] is None, event[2] or 0, event[1]))
 
 
