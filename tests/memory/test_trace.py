@@ -102,41 +102,38 @@ def storage_bytes(tensors: list[torch.Tensor]) -> Iterator[int]:
     yield from {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values()
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        PLAIN,
-        replace(PLAIN, adapter=LORA),
-        replace(PLAIN, activation_checkpointing=True),
-        replace(PLAIN, adapter=LORA, activation_checkpointing=True),
-        replace(PLAIN, documents_per_row=3),
-        replace(PLAIN, attention="eager", documents_per_row=3),
-        replace(PLAIN, precision="bf16", frozen_storage="bf16"),
-        replace(PLAIN, precision="bf16", frozen_storage="bf16", adapter=LORA, activation_checkpointing=True),
-        replace(PLAIN, precision="fp16", frozen_storage="fp16"),
-        replace(PLAIN, config=LARGE_VOCABULARY),
-        replace(PLAIN, config=LARGE_VOCABULARY, precision="bf16", frozen_storage="bf16"),
-        replace(PLAIN, config={**LARGE_VOCABULARY, "tie_word_embeddings": True}),
-        replace(PLAIN, micro_batches=2),
-        replace(PLAIN, optimizer="sgd"),
-    ],
-    ids=[
-        "full",
-        "lora",
-        "full-checkpointed",
-        "lora-checkpointed",
-        "packed",
-        "packed-eager",
-        "bf16",
-        "bf16-lora-checkpointed",
-        "fp16",
-        "chunked-loss",
-        "bf16-chunked-loss",
-        "tied-chunked-loss",
-        "accumulated",
-        "sgd",
-    ],
-)
+BF16 = replace(PLAIN, precision="bf16", frozen_storage="bf16")
+REAL = {
+    "full": PLAIN,
+    "lora": replace(PLAIN, adapter=LORA),
+    "lora-checkpointed": replace(PLAIN, adapter=LORA, activation_checkpointing=True),
+    "packed": replace(PLAIN, documents_per_row=3),
+    "bf16-lora-checkpointed": replace(BF16, adapter=LORA, activation_checkpointing=True),
+    "bf16-chunked-loss": replace(BF16, config=LARGE_VOCABULARY),
+    "tied-chunked-loss": replace(PLAIN, config={**LARGE_VOCABULARY, "tie_word_embeddings": True}),
+    "accumulated": replace(PLAIN, micro_batches=2),
+}
+MORE_REAL = {
+    "full-checkpointed": replace(PLAIN, activation_checkpointing=True),
+    "packed-eager": replace(PLAIN, attention="eager", documents_per_row=3),
+    "bf16": BF16,
+    "fp16": replace(PLAIN, precision="fp16", frozen_storage="fp16"),
+    "chunked-loss": replace(PLAIN, config=LARGE_VOCABULARY),
+    "sgd": replace(PLAIN, optimizer="sgd"),
+    "tied-lora": replace(PLAIN, config={**SMALL, "tie_word_embeddings": True}, adapter=LORA),
+    "qwen3": replace(PLAIN, config={**SMALL, "model_type": "qwen3", "head_dim": 32}),
+    "gpt2": replace(PLAIN, config={"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 512}),
+    "gemma2": replace(
+        PLAIN, config={**SMALL, "model_type": "gemma2", "head_dim": 32, "sliding_window": 64}, documents_per_row=2
+    ),
+}
+
+
+def long(cases: dict[str, Scenario]) -> list[Any]:
+    return [pytest.param(scenario, marks=pytest.mark.long, id=name) for name, scenario in cases.items()]
+
+
+@pytest.mark.parametrize("scenario", [*(pytest.param(case, id=name) for name, case in REAL.items()), *long(MORE_REAL)])
 def test_the_traced_peak_is_that_of_the_real_step(scenario: Scenario) -> None:
     predicted = estimate(scenario, exact=True).peak_allocated_bytes
     measured = max(real_step(scenario))
@@ -172,17 +169,21 @@ def with_layers(scenario: Scenario, layers: int) -> Scenario:
 ON_GPU = replace(PLAIN, device=Device("cuda", (8, 0)), precision="bf16", frozen_storage="bf16")
 UNFOLDED = {
     "full": ON_GPU,
-    "accumulated": replace(ON_GPU, micro_batches=2),
     "lora-checkpointed": replace(ON_GPU, adapter=LORA, activation_checkpointing=True),
     "qlora": replace(ON_GPU, adapter=Adapter(type="qlora", r=8), optimizer="adamw_8bit"),
+}
+MORE_UNFOLDED = {
+    "accumulated": replace(ON_GPU, micro_batches=2),
     "sgd-fp16": replace(ON_GPU, optimizer="sgd", precision="fp16"),
     "eager": replace(ON_GPU, attention="eager"),
+    "turing": replace(ON_GPU, device=Device("cuda", (7, 5)), precision="fp16", documents_per_row=2),
 }
 
 
-@pytest.mark.parametrize("name", UNFOLDED)
-def test_four_layers_unfold_to_the_trace_of_seven(name: str) -> None:
-    scenario = UNFOLDED[name]
+@pytest.mark.parametrize(
+    "scenario", [*(pytest.param(case, id=name) for name, case in UNFOLDED.items()), *long(MORE_UNFOLDED)]
+)
+def test_four_layers_unfold_to_the_trace_of_seven(scenario: Scenario) -> None:
     four, _ = events_of(with_layers(scenario, 4))
     seven, expected = events_of(with_layers(scenario, 7))
     unfolded = unfold(four, 7)
@@ -191,20 +192,20 @@ def test_four_layers_unfold_to_the_trace_of_seven(name: str) -> None:
     assert peak_reserved_bytes(unfolded) == peak_reserved_bytes(seven)
 
 
-@pytest.mark.parametrize("chunks", [2, 3, 6])
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_four_chunks_of_the_loss_unfold_to_any_number(adapter: Adapter | None, chunks: int) -> None:
+def test_four_chunks_of_the_loss_unfold_to_any_number(adapter: Adapter | None) -> None:
     def traced(count: int) -> EventLog:
         scenario = replace(ON_GPU, config=LARGE_VOCABULARY, adapter=adapter, micro_batch_size=count)
         model = fake_model(scenario, full_depth=True)
         return step_log(scenario, model, chunk_tokens=scenario.sequence_length)
 
-    four, expected = traced(4), traced(chunks)
-    # All sizes depend on the number of tokens too, so that only what happens is compared, and where.
-    unfolded = unfold(four, chunks, Axis.CHUNK)
-    what = [(event.kind, event.label) for event in unfolded.events if event.kind != Kind.DEATH]
-    assert what == [(event.kind, event.label) for event in expected.events if event.kind != Kind.DEATH]
-    assert deaths(unfolded) == deaths(expected)
+    four = traced(4)
+    for chunks in (2, 3, 6):
+        # All sizes depend on the number of tokens too, so that only what happens is compared, and where.
+        unfolded, expected = unfold(four, chunks, Axis.CHUNK), traced(chunks)
+        what = [(event.kind, event.label) for event in unfolded.events if event.kind != Kind.DEATH]
+        assert what == [(event.kind, event.label) for event in expected.events if event.kind != Kind.DEATH]
+        assert deaths(unfolded) == deaths(expected)
 
 
 def deaths(log: EventLog) -> int:
