@@ -263,6 +263,7 @@ def test_ddp_adds_a_second_set_of_gradients() -> None:
     alone = estimate(ON_GPU, exact=True)
     shared = estimate(replace(ON_GPU, gpus=8, shard="ddp"), exact=True)
     assert shared.parts["sharding buffers"] == 4 * alone.trainable_parameters
+    assert "not counted" in shared.remarks[0]
     assert shared.peak_allocated_bytes == pytest.approx(
         alone.peak_allocated_bytes + 4 * alone.trainable_parameters, abs=2**16
     )

@@ -95,6 +95,8 @@ def estimate(scenario: Scenario, *, exact: bool = False) -> Estimate:
         traced = trace(scenario)
         engine, log = "trace", traced.log
         parameters, trainable, remarks = traced.parameters, traced.trainable_parameters, traced.remarks
+    if scenario.shard != "none" and scenario.gpus > 1:
+        remarks = (*remarks, "sharding: the communication library's own buffers are not counted")
     if scenario.shard == "ddp" and scenario.gpus > 1:
         log = with_buckets(log, trainable * BYTES_OF_GRADIENT, "sharding buffers")
     peak, reserved, timeline = measure(log, scenario.device)

@@ -109,8 +109,9 @@ def choose_attention(
 ) -> AttentionChoice:
     """The kernel for ``model.attention: requested`` on this device and model.
 
-    ``capability`` is that of a GPU that is not here; without it the device is asked for its own. Raises :class:`MachineError` where the device or an optional package is missing, :class:`ModelError` where the
-    model computes attention in a way that the kernel does not.
+    ``capability`` is that of a GPU that is not here; without it the device is asked for its own. Raises
+    :class:`MachineError` where the device or an optional package is missing, :class:`ModelError` where the model
+    computes attention in a way that the kernel does not.
     """
     register()
     text = config.get_text_config()
