@@ -296,11 +296,11 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
             for one in fitting
         ],
     )
-    others = [one for one in listed if one["method"] is None]
+    others = [one["model"] for one in listed if one["method"] is None and "why" not in one]
+    console.show()
     if others:
-        console.show()
-        console.show(f"{len(others)} fit by no method: {', '.join(one['model'] for one in others if 'why' not in one)}")
-    for one in others:
+        console.show(f"{len(others)} fit by no method: {', '.join(others)}")
+    for one in listed:
         if "why" in one:
             console.show(f"not estimated: {one['model']}: {one['why']}")
     console.result({"capacity_bytes": capacity.size_bytes, "models": listed})
