@@ -26,7 +26,7 @@ training: {epochs: 1}
 output_dir: runs/a
 """
 
-COMMANDS = ("fine-tune", "inspect-data", "pack-data", "show", "schema", "export")
+COMMANDS = ("fine-tune", "inspect-data", "pack-data", "estimate-memory", "show", "schema", "export")
 
 Said = pytest.CaptureFixture[str]
 
@@ -86,6 +86,26 @@ def test_no_new_commands_or_options() -> None:
         "pack-data": [
             *("--chat-template", "--data", "--force", "--format", "--json", "--output", "--plot"),
             *("--sequence-length", "--set", "--tokenizer", "recipe"),
+        ],
+        "estimate-memory": [
+            "--activation-checkpointing",
+            "--adapter",
+            "--exact",
+            "--fits",
+            "--gpu",
+            "--gpus",
+            "--json",
+            "--memory",
+            "--micro-batch-size",
+            "--model",
+            "--optimizer",
+            "--plot",
+            "--precision",
+            "--sequence-length",
+            "--set",
+            "--shard",
+            "--view",
+            "recipe",
         ],
         "show": ["--set", "recipe"],
         "schema": [],
@@ -203,6 +223,7 @@ def only_line(capsys: Said) -> str:
         ),
         (["pack-data"], "error: give a RECIPE, or --data and --tokenizer; see `trainkit pack-data --help`"),
         (["fine-tune", "nowhere.yaml"], "error: nowhere.yaml: no such recipe; "),
+        (["estimate-memory"], "error: give a RECIPE or --model NAME; see `trainkit estimate-memory --help`"),
         (
             ["show", "recipe.yaml", "--set", "training.epochs=-1"],
             "error: --set training.epochs: must be above 0; got -1",
@@ -352,7 +373,17 @@ def test_the_program_fails_with_the_exit_code_and_no_traceback() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["show", "recipe.yaml"], ["show", "nowhere"], ["pack-data", "--help"], ["pack-data", "--data", "a"]],
+    [
+        ["--help"],
+        ["show", "recipe.yaml"],
+        ["show", "nowhere"],
+        ["pack-data", "--help"],
+        ["pack-data", "--data", "a"],
+        ["estimate-memory", "--help"],
+        ["estimate-memory", "--model", "lama-70b"],
+        ["estimate-memory", "--model", "llama-70b", "--memory", "24"],
+        ["estimate-memory", "--model", "llama-3.1-8b", "--adapter", "lora", "--gpu", "h100-80gb"],
+    ],
 )
 def test_help_and_refusals_load_nothing_heavy(arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "datasets", "numpy", "rich"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-LAUNCH_FILES = sorted(CONFIGS.glob("*.yaml"))
+LAUNCH_FILES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "gpus.yaml")  # which is a table
 
 
 def test_there_are_launch_files() -> None:

@@ -18,7 +18,7 @@ README = (REPOSITORY / "README.md").read_text()
 PROGRAM = Path(sys.executable).with_name("trainkit")
 SHIPPED = REPOSITORY / "trainkit" / "shipped"
 RECIPES = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
-LAUNCH_FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+LAUNCH_FILES = sorted(path for path in (REPOSITORY / "configs").glob("*.yaml") if path.name != "gpus.yaml")
 
 
 def blocks(language: str) -> list[str]:

@@ -216,6 +216,121 @@ def pack_data_command(
     pack_data(read, output=output, form=form.value, plot=plot, force=force, json_output=json_output)
 
 
+class AdapterChoice(StrEnum):
+    """What ``--adapter`` may be."""
+
+    none = "none"
+    lora = "lora"
+    qlora = "qlora"
+
+
+class ShardChoice(StrEnum):
+    """What ``--shard`` may be."""
+
+    none = "none"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+
+
+class ViewChoice(StrEnum):
+    """What ``--view`` may be."""
+
+    textbook = "textbook"
+
+
+@app.command(
+    "estimate-memory",
+    epilog="""\b
+Nothing is downloaded but the config.json of a hub id that is not known. With
+--gpu or --memory, exit code 5 says that not even one row fits.
+
+\b
+Examples:
+  trainkit estimate-memory recipe.yaml --gpu h100-80gb
+  trainkit estimate-memory --model llama-3.1-8b --adapter lora --memory 24GiB
+  trainkit estimate-memory --model llama-70b --view textbook
+  trainkit estimate-memory --fits 24GiB --sequence-length 4096""",
+)
+def estimate_memory_command(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A recipe file or a shipped recipe; or give --model.")
+    ] = None,
+    *,
+    overrides: SetOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME", help="A known model, a folder with config.json, or a hub id."),
+    ] = None,
+    adapter: Annotated[
+        AdapterChoice | None, typer.Option("--adapter", help="How it trains; none: every weight.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="TYPE", help="fp32, fp16 or bf16; auto takes the GPU's best.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option("--sequence-length", metavar="N", min=8, help="Tokens in a row.")
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option("--micro-batch-size", metavar="N", min=1, help="Rows in a forward pass.")
+    ] = None,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Recompute activations in the backward pass.")
+    ] = False,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", metavar="NAME", help="adamw, adamw_8bit, adafactor or sgd.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="How many GPUs share the step.")] = 1,
+    shard: Annotated[
+        ShardChoice | None, typer.Option("--shard", help="How they share it.", show_default="ddp with several GPUs")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="GPU", help="Does it fit on this GPU? As h100-80gb.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Does it fit into this much? As 24GiB.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Trace the step even where a formula is known.")] = False,
+    view: Annotated[
+        ViewChoice | None, typer.Option("--view", help="textbook: bytes a parameter and nothing else.")
+    ] = None,
+    fits: Annotated[
+        str | None,
+        typer.Option("--fits", metavar="SIZE", help="List every known model by the cheapest method that fits."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the step: .png, .svg or .html.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Estimate the peak memory of a run, before anything is downloaded.
+
+    Options stand for keys of a recipe, and go before the file's own values.
+    """
+    from trainkit.commands.estimate_memory import estimate_memory
+    from trainkit.memory.subject import Request
+
+    request = Request(
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+        model=model,
+        adapter=adapter.value if adapter else None,
+        precision=precision,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        activation_checkpointing=activation_checkpointing,
+        optimizer=optimizer,
+        gpus=gpus,
+        shard=shard.value if shard else None,
+        gpu=gpu,
+        memory=memory,
+        exact=exact,
+        textbook=view is not None,
+        fits=fits,
+        plot=plot,
+    )
+    estimate_memory(request, json_output=json_output)
+
+
 @app.command(
     "show",
     epilog="""\b

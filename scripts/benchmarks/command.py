@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.packing import WORKS
@@ -34,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.positions import measure_positions, table
 
             found = measure_positions(options)
+        elif options.verb == "memory":
+            from benchmarks.memory import measure_memory, table
+
+            found = measure_memory(options)
         else:
             from benchmarks.micro_batch import measure_micro_batches, table
 
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainkitError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(json.dumps(_circumstances(options) | found) if options.json else table(found))
+    print(json.dumps(_circumstances(options) | found, default=str) if options.json else table(found))
     return 0
 
 
@@ -82,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
         "Training: documents padded, packed, isolated, reset, all evaluated alike. Markdown tables.",
     )
     _add_positions(positions)
+    memory = verbs.add_parser(
+        "memory",
+        help="estimates beside other tools', and beside a GPU where there is one",
+        description="Peak memory of training steps as trainkit estimates it, beside accelerate, fitcheck-llm and "
+        "DeepSpeed where they are installed; with a CUDA device, beside what real steps take.",
+    )
+    memory.add_argument("--grid", action="store_true", help="only measure on the GPU")
+    memory.add_argument("--published", type=Path, metavar="FILE", help="only hold against published T4 measurements")
+    memory.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 

@@ -17,8 +17,8 @@ from trainkit.data.conversations import Conversation, Message, ParsedExample, Pl
 from trainkit.data.packed_store import PackedRows
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.row_plan import NO_TARGET
-from trainkit.data.token_bytes import NOTHING_FAST, FastTokens
 from trainkit.data.sealed_folder import StoreUnusable
+from trainkit.data.token_bytes import NOTHING_FAST, FastTokens
 from trainkit.errors import DataError, MachineError
 from trainkit.recipe.schema import Data, Evaluation, Model, Packing, Recipe, Source, Training
 

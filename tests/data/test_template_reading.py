@@ -29,8 +29,10 @@ PLACING = [
     f"{FOR}{{% if 'tool_calls' in m %}}x{{% endif %}}{{{{ m.content or '' }}}}{END}",
     "{% set said = messages %}{% for m in said %}{{ m.content }}{% endfor %}",
     f"{FOR}{{% if not m.content is none and m.content != none %}}{{{{ m.content }}}}{{% endif %}}{END}",
-    "{% set said = messages[1:] | list %}{% for m in said %}"
-    f"{{% if m['content'] is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}",
+    (
+        "{% set said = messages[1:] | list %}{% for m in said %}"
+        f"{{% if m['content'] is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
+    ),
     f"{FOR}{{{{ loop.index0 ~ loop['first'] ~ loop.cycle('a', 'b') }}}}{{{{ m.content }}}}{END}",
     f"{FOR}{{{{ ['a', 'b'] | map('upper') | join }}}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if m.role == 'x' %}}{{{{ raise_exception(m.content) }}}}{{% endif %}}{{{{ m.content }}}}{END}",
@@ -64,12 +66,18 @@ LOOKING = [
     f"{FOR}{{{{ m.content | trim(chars='x') }}}}{END}",
     f"{FOR}{{% if 'x' is in(seq=m.content) %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if 'x' is in(*[m.content]) %}}y{{% endif %}}{{{{ m.content }}}}{END}",
-    f"{FOR}{{% if loop.first %}}{{% set c = m.content %}}{{% endif %}}"
-    f"{{% if c is string %}}{{{{ c }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}",
-    f"{FOR}{{% set c = none %}}{{% if loop.first %}}{{% set c = m %}}{{% endif %}}"
-    f"{{% if c.content is string %}}{{{{ c.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}",
-    "{% set messages = messages if messages[1] else [{}] %}"
-    f"{FOR}{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}",
+    (
+        f"{FOR}{{% if loop.first %}}{{% set c = m.content %}}{{% endif %}}"
+        f"{{% if c is string %}}{{{{ c }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
+    ),
+    (
+        f"{FOR}{{% set c = none %}}{{% if loop.first %}}{{% set c = m %}}{{% endif %}}"
+        f"{{% if c.content is string %}}{{{{ c.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
+    ),
+    (
+        "{% set messages = messages if messages[1] else [{}] %}"
+        f"{FOR}{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
+    ),
     f"{FOR}{{% set l = loop %}}{{% if l.previtem.content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if (loop | attr('previtem')).content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if loop['prev' ~ 'item'].content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
@@ -77,8 +85,8 @@ LOOKING = [
     f"{FOR}{{{{ ('<' | safe) + m.content }}}}{END}",
     f"{{% set lead | escape %}}<{{% endset %}}{FOR}{{{{ lead + m.content }}}}{END}",
     f"{FOR}{{{{ (['<'] | map('e') | first) + m.content }}}}{END}",
-    f"{{% macro raise_exception(x) %}}{{{{ x | upper }}}}{{% endmacro %}}{FOR}{{{{ raise_exception(m.content) }}}}{END}",
-    f"{{% macro f() %}}{{% autoescape true %}}<{{% endautoescape %}}{{% endmacro %}}{FOR}{{{{ f() + m.content }}}}{END}",
+    "{% macro raise_exception(x) %}{{ x | upper }}{% endmacro %}" + f"{FOR}{{{{ raise_exception(m.content) }}}}{END}",
+    "{% macro f() %}{% autoescape true %}<{% endautoescape %}{% endmacro %}" + f"{FOR}{{{{ f() + m.content }}}}{END}",
 ]
 CONVERSATION = Conversation((Message("user", "hello"), Message("assistant", "yes")))
 

@@ -243,3 +243,28 @@ def test_qlora_trains_on_a_4_bit_base(tiny_model_folder: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_modules_that_peft_would_choose_itself_are_refused() -> None:
+    """For mixtures of experts peft rewrites the list of targets."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        kv_lora_rank=8,
+        q_lora_rank=None,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    )
+    with pytest.raises(UsageError, match="peft has a rule of its own for DeepseekV2ForCausalLM"):
+        attach_adapter(DeepseekV2ForCausalLM(config), Adapter(r=2), seed=0)

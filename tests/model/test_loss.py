@@ -47,7 +47,7 @@ def make_loss_model(model: Any, precision: Any = "fp32", head: HeadPath | None =
 def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> HeadPath:
     """Make the small test sizes take one of the ways that the loss can go."""
     monkeypatch.setattr(loss_module, "_PLAIN_LOGITS", 2**22 if path == "plain" else 0)
-    monkeypatch.setattr(loss_module, "_CHUNK_TOKENS_CPU", 7)
+    monkeypatch.setitem(loss_module.CHUNK_TOKENS, "cpu", 7)
     if path == "chunked":
         monkeypatch.setattr(loss_module, "_TORCH_HAS_CHUNKS", False)
     return HeadPath(apart=path != "model", sentence="")

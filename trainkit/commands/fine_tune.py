@@ -17,7 +17,7 @@ from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
 from trainkit.errors import CheckpointError, DivergedError, MachineError, Stopped, UsageError
 from trainkit.memory.fit import fit
-from trainkit.memory.machine import is_out_of_memory, peak_memory_bytes
+from trainkit.memory.machine import forget_peak, is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
@@ -46,6 +46,8 @@ from trainkit.training.step import StopRequested
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
     from trainkit.recipe.reader import ReadRecipe
     from trainkit.recipe.schema import Recipe
@@ -82,7 +84,8 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
         if record is not None and record.finished and folder.final.is_dir() and folder.summary.is_file():
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
             return dict(json.loads(folder.summary.read_bytes()))
-        fitted = fit(recipe, base.location.folder, base.config, precision, accelerator.device)
+        fitted = fit(recipe, base.location.folder, accelerator.device)
+        _show_facts(console, [("memory", sentence) for sentence in fitted.sentences])
         micro_batch_size = fitted.micro_batch_size if record is None else record.micro_batch_size
         trainer, facts = assemble(recipe, base, data.train, precision, micro_batch_size, accelerator)
         _show_facts(console, facts)
@@ -98,8 +101,8 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
                 micro_batch_size=micro_batch_size,
             )
         _write_circumstances(folder, recipe, data, trainer)
-        run = Run(read, folder, record, base, encoder, data, trainer, interruption, console)
-        return run.to_the_end(predicted_bytes=fitted.predicted_bytes)
+        memory = Memory(accelerator.device, fitted.predicted_bytes)
+        return Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory).to_the_end()
 
 
 def _show_facts(console: Console, facts: list[tuple[str, str]]) -> None:
@@ -133,6 +136,37 @@ def _write_circumstances(folder: RunFolder, recipe: Recipe, data: PreparedData, 
 
 
 @dataclass
+class Memory:
+    """The peak as predicted, and as measured so far; bytes allocated on a GPU, resident on a CPU."""
+
+    device: torch.device
+    predicted_bytes: int | None
+    steps_seen: int = 0
+    highest_bytes: int = 0
+
+    def after_step(self) -> dict[str, int]:
+        """What the second step of this process took, for its line of metrics.jsonl; nothing after any other.
+
+        The first step is unlike all others: the optimizer's state is made at its end.
+        """
+        self.steps_seen += 1
+        if self.steps_seen != 2 or self.predicted_bytes is None:
+            return {}
+        measured = peak_memory_bytes(self.device)
+        return {"memory_predicted_bytes": self.predicted_bytes, "memory_measured_bytes": measured}
+
+    def before_step(self) -> None:
+        """Let the peak of the second step be its own, without what came before it."""
+        if self.steps_seen == 1:
+            self.highest_bytes = peak_memory_bytes(self.device)
+            forget_peak(self.device)
+
+    def measured_bytes(self) -> int:
+        """The peak of the whole run."""
+        return max(self.highest_bytes, peak_memory_bytes(self.device))
+
+
+@dataclass
 class Run:
     """A run under way: what is logged, evaluated, saved and shown around the steps."""
 
@@ -145,12 +179,13 @@ class Run:
     trainer: Trainer
     interruption: Interruption
     console: Console
+    memory: Memory
 
-    def to_the_end(self, *, predicted_bytes: int) -> dict[str, Any]:
+    def to_the_end(self) -> dict[str, Any]:
         """Train what is left, save and verify the result, and return the summary."""
         try:
             self._train_and_record()
-            return self._finish(predicted_bytes)
+            return self._finish()
         except KeyboardInterrupt:  # the second Ctrl+C, which waits for nothing
             raise Stopped(f"stopped at once. {self._newest()}; the same command continues", by_keyboard=True) from None
 
@@ -206,7 +241,7 @@ class Run:
         with TrainingView(self.console) as view:
             self._evaluate_if_due(view)
             for report in train(self.trainer, self.interruption.requested):
-                numbers = json_numbers(report)
+                numbers = json_numbers(report) | self.memory.after_step()
                 self.metrics.append(numbers)
                 self.trackers.log(report.step, numbers)
                 if report.result.skipped:
@@ -221,6 +256,7 @@ class Run:
                 )
                 self._evaluate_if_due(view)
                 self._save_if_due()
+                self.memory.before_step()
         if counters.step < steps:
             self._stop()
 
@@ -325,12 +361,12 @@ class Run:
             f"model.activation_checkpointing: true. {self._newest()}"
         )
 
-    def _finish(self, predicted_bytes: int) -> dict[str, Any]:
+    def _finish(self) -> dict[str, Any]:
         """Save the result, load it anew and compare, and say what came of it."""
         trainer, counters = self.trainer, self.trainer.counters
         ledger = self.data.train.ledger
         check_against_ledger(counters, trainer.plan, ledger)
-        measured_bytes = peak_memory_bytes(trainer.accelerator.device)
+        measured_bytes = self.memory.measured_bytes()
         sentences = save_result(
             trainer.model,
             self.base.tokenizer,
@@ -351,7 +387,7 @@ class Run:
             "eval_loss_before": counters.eval_loss_before,
             "eval_loss_after": counters.eval_loss,
             "trained_tokens": counters.trained_tokens,
-            "peak_memory_predicted_bytes": predicted_bytes,
+            "peak_memory_predicted_bytes": self.memory.predicted_bytes,
             "peak_memory_measured_bytes": measured_bytes,
             "ledger": ledger.to_json(),
         }
@@ -379,7 +415,8 @@ class Run:
                 )
             )
         predicted, measured = summary["peak_memory_predicted_bytes"], summary["peak_memory_measured_bytes"]
-        facts.append(("memory", f"peak {measured / 2**20:,.0f} MiB measured, {predicted / 2**20:,.0f} MiB predicted"))
+        said = "not predicted" if predicted is None else f"{predicted / 2**20:,.0f} MiB predicted"
+        facts.append(("memory", f"peak {measured / 2**20:,.0f} MiB measured, {said}"))
         facts.append(("done", f"{self.folder.final} · report: {self.folder.report}"))
         _show_facts(self.console, facts)
 

@@ -122,7 +122,8 @@ class BulkEncoder:
     def encode(self, examples: Sequence[tuple[ParsedExample, str]], compared: Sequence[int] = ()) -> EncodedDocuments:
         """The documents of several (example, place), in order; those numbered ``compared`` are encoded both ways.
 
-        Of a text or pair that is longer than COMPARED_CHARACTERS a part is, and of a conversation nothing. Raises what the reference raises, and EnginesDiffer where the two ways come to different tokens or masks.
+        Of a text or pair that is longer than COMPARED_CHARACTERS a part is, and of a conversation nothing. Raises what
+        the reference raises, and EnginesDiffer where the two ways come to different tokens or masks.
         """
         in_bulk = self._in_bulk(examples)
         left = np.setdiff1d(np.arange(len(examples)), in_bulk.numbers)

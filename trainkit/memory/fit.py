@@ -1,88 +1,101 @@
-"""The micro-batch that fits, and the peak that is predicted with it."""
+"""Before a run: the micro-batch that fits, what the step will take, and a refusal where it cannot fit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from trainkit.errors import MachineError
-from trainkit.memory.formula import ModelShape, StepShape, largest_micro_batch, memory_parts
+import torch
+
+from trainkit.errors import MachineError, ModelError
+from trainkit.memory.advice import Question, changes_of_recipe, rows_for_auto
+from trainkit.memory.estimate import Estimate, estimate, quick_peak_bytes
 from trainkit.memory.machine import available_memory_bytes, process_memory_bytes
-from trainkit.memory.shapes import read_model_shape, tensor_shapes, trainable_parameters
+from trainkit.memory.scenario import Device, scenario_of
+from trainkit.memory.sizes import gib
+from trainkit.memory.verdict import Capacity, context_bytes, process_bytes, verdict
+from trainkit.model.checking import read_config
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
-    from trainkit.model.precision import PrecisionPlan
+    from trainkit.memory.scenario import Scenario
     from trainkit.recipe.schema import Recipe
 
-SHARE_TO_FILL = 0.9  # of the free memory, since the formula leaves out what is small
 CPU_MICRO_BATCH_TOKENS = 2048  # larger micro-batches are no faster on a CPU: docs/benchmarks.md
-NF4_BYTES_PER_PARAMETER = 0.516  # 4 bit, and 0.127 bit of scales with double quantisation (arXiv 2305.14314, section 3)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Rows per device and forward pass, and the predicted peak: of the device, or of the process on a CPU."""
+    """Rows per device and forward pass, the predicted peak, and what is to be said of it.
+
+    ``predicted_bytes`` is what :func:`trainkit.memory.machine.peak_memory_bytes` will measure: allocated on a GPU,
+    resident in the process on a CPU. None where the model cannot be traced.
+    """
 
     micro_batch_size: int
-    predicted_bytes: int
+    predicted_bytes: int | None
+    sentences: tuple[str, ...]
 
 
-def fit(recipe: Recipe, folder: Path, config: Any, precision: PrecisionPlan, device: torch.device) -> Fit:
-    """Take the recipe's micro-batch or choose one, and predict the peak.
+def fit(recipe: Recipe, folder: Path, device: torch.device) -> Fit:
+    """Take the recipe's micro-batch or choose one, and predict the peak; reads config.json and no weight.
 
-    Raises MachineError when weights, gradients and optimizer alone exceed what is free, or, for ``auto``, when the
-    estimate fits not even one row.
+    Raises MachineError when the step cannot fit into what is free on ``device``, with the cheapest change that helps.
     """
-    shapes = tensor_shapes(folder)
-    model, step = read_model_shape(config, shapes), _one_row(recipe, precision, shapes)
-    available = available_memory_bytes(device)
-    _refuse_what_cannot_fit(model, step, available, device)
-    size = recipe.training.micro_batch_size
-    if size == "auto":
-        size = largest_micro_batch(
-            model,
-            step,
-            available_bytes=int(SHARE_TO_FILL * available),
-            rows_per_step=recipe.training.tokens_per_step // step.sequence_length,
-            most_tokens=CPU_MICRO_BATCH_TOKENS if device.type == "cpu" else None,
-        )
-        if size == 0:
-            needed = sum(memory_parts(model, step).values())
-            raise MachineError(
-                f"training.micro_batch_size: auto: one row of {step.sequence_length} tokens needs about "
-                f"{_gib(needed)}, {device} has {_gib(available)} free; set model.activation_checkpointing: true, or a "
-                "smaller packing.sequence_length"
-            )
-    predicted = sum(memory_parts(model, replace(step, micro_batch_size=size)).values())
-    return Fit(size, predicted + (process_memory_bytes() if device.type == "cpu" else 0))
-
-
-def _one_row(recipe: Recipe, precision: PrecisionPlan, shapes: dict[str, tuple[int, ...]]) -> StepShape:
-    four_bit = recipe.adapter is not None and recipe.adapter.type == "qlora"
-    return StepShape(
-        micro_batch_size=1,
-        sequence_length=recipe.packing.sequence_length,
-        trainable_parameters=trainable_parameters(shapes, recipe.adapter),
-        frozen_bytes_per_parameter=NF4_BYTES_PER_PARAMETER if four_bit else precision.frozen_storage.itemsize,
-        compute_bytes=precision.compute.itemsize,
-        optimizer=recipe.training.optimizer,
-        activation_checkpointing=recipe.model.activation_checkpointing,
+    scenario = scenario_of(recipe, read_config(folder), device=_described(device))
+    ask = Question(estimate, quick_peak_bytes)
+    capacity = _free(device, scenario.device)
+    asked = recipe.training.micro_batch_size
+    try:
+        if asked == "auto":
+            scenario = scenario.with_micro_batch_size(max(1, _chosen_rows(scenario, capacity, ask)))
+        found = ask(scenario)
+    except ModelError as error:
+        rows = 1 if asked == "auto" else asked
+        chosen = "; training.micro_batch_size: auto is 1" if asked == "auto" else ""
+        return Fit(rows, None, (f"not estimated: {error}{chosen}",))
+    word = verdict(found, scenario.device, capacity)
+    if word == "does not fit":
+        raise MachineError(_refusal(scenario, found, capacity, ask))
+    needed, there = gib(process_bytes(found, scenario.device)), gib(capacity.size_bytes)
+    sentences = (
+        f"a step takes {needed} of {there} free on {device} ({word}); the peak is in the {found.peak_phase} phase",
     )
+    rows = scenario.micro_batch_size
+    before = process_memory_bytes() if device.type == "cpu" else 0
+    return Fit(rows, before + found.peak_allocated_bytes, sentences)
 
 
-def _refuse_what_cannot_fit(model: ModelShape, step: StepShape, available: int, device: torch.device) -> None:
-    parts = memory_parts(model, step)
-    certain = sum(size for name, size in parts.items() if name not in {"activations", "logits"})
-    if certain > available:
-        raise MachineError(
-            f"model.name: weights, gradients and optimizer state need {_gib(certain)}, {device} has {_gib(available)} "
-            "free; train an adapter (adapter: {type: lora}), or take a smaller model"
-        )
+def _described(device: torch.device) -> Device:
+    """The device as the estimator knows it."""
+    if device.type == "cuda":
+        return Device("cuda", torch.cuda.get_device_capability(device))
+    return Device("cpu")
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _free(device: torch.device, described: Device) -> Capacity:
+    """What the step may take. A context that is there already is counted as free: the estimate counts it as taken."""
+    return Capacity(str(device), available_memory_bytes(device) + context_bytes(described))
+
+
+def _chosen_rows(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
+    most = None
+    if scenario.device.kind == "cpu":
+        most = max(1, CPU_MICRO_BATCH_TOKENS // scenario.sequence_length)
+    return rows_for_auto(scenario, capacity, ask, most_rows=most)
+
+
+def _refusal(scenario: Scenario, found: Estimate, capacity: Capacity, ask: Question) -> str:
+    """One line: what is needed, what is there, and the cheapest change that makes it fit on one device."""
+    helping = changes_of_recipe(scenario, capacity, ask)
+    hint = "take a smaller model, or a smaller packing.sequence_length"
+    if helping:
+        first = helping[0]
+        lines = ", ".join(line.strip() for line in first.lines if not line.endswith(":"))
+        hint = f"with {lines} it takes {gib(process_bytes(first.estimate, scenario.device))}"
+    rows = scenario.micro_batch_size
+    return (
+        f"memory: a step with {rows} row{'s' * (rows > 1)} of {scenario.sequence_length:,} tokens takes "
+        f"{gib(process_bytes(found, scenario.device))}, {capacity.name} has {gib(capacity.size_bytes)} free; {hint}"
+    )

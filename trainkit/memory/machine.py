@@ -36,6 +36,12 @@ def process_memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Measure the peak anew from here on; on a CPU the system knows only that since the process started."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most that the run held: allocated on the GPU, resident on the CPU (since the process started)."""
     if device.type == "cuda":

@@ -88,7 +88,11 @@ def attach_adapter(
             adapted: PeftModel = get_peft_model(model, config)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise UsageError(f"adapter: peft refuses it: {str(error).strip().splitlines()[0][:160]}") from error
-    assert set(targets) == _adapted_names(adapted), "peft and trainkit disagree on which modules are targets"
+    if others := sorted(_adapted_names(adapted) ^ set(targets)):
+        raise UsageError(
+            f"adapter.target_modules: peft has a rule of its own for {type(model).__name__} and does not adapt what is "
+            f"asked ({others[0]}); train another model, or every weight"
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # peft leaves copies of 16-bit modules_to_save in 16 bit

@@ -101,11 +101,17 @@ class DocumentMask:
     boundaries: torch.Tensor
 
 
-def choose_attention(requested: Requested, device: torch.device, config: PretrainedConfig) -> AttentionChoice:
+def choose_attention(
+    requested: Requested,
+    device: torch.device,
+    config: PretrainedConfig,
+    capability: tuple[int, int] | None = None,
+) -> AttentionChoice:
     """The kernel for ``model.attention: requested`` on this device and model.
 
-    Raises :class:`MachineError` where the device or an optional package is missing, :class:`ModelError` where the
-    model computes attention in a way that the kernel does not.
+    ``capability`` is that of a GPU that is not here; without it the device is asked for its own. Raises
+    :class:`MachineError` where the device or an optional package is missing, :class:`ModelError` where the model
+    computes attention in a way that the kernel does not.
     """
     register()
     text = config.get_text_config()
@@ -116,11 +122,11 @@ def choose_attention(requested: Requested, device: torch.device, config: Pretrai
     only_eager = _only_eager(text)
     name: Name
     if requested != "auto":
-        name, reason = requested, _check_request(requested, device, text, only_eager)
+        name, reason = requested, _check_request(requested, device, text, only_eager, capability)
     elif only_eager is not None:
         name, reason = "eager", only_eager
     else:
-        name, reason = _fastest(device, text)
+        name, reason = _fastest(device, text, capability)
     return AttentionChoice(name, _IMPLEMENTATIONS[name], f"{name}: {reason}")
 
 
@@ -184,18 +190,18 @@ def _only_eager(config: PretrainedConfig) -> str | None:
     return None
 
 
-def _fastest(device: torch.device, config: PretrainedConfig) -> tuple[Name, str]:
-    obstacle = _varlen_obstacle(device, config)
+def _fastest(device: torch.device, config: PretrainedConfig, capability: tuple[int, int] | None) -> tuple[Name, str]:
+    obstacle = _varlen_obstacle(device, config, capability)
     if obstacle is None:
         return "varlen", "one kernel call for all documents (in fp32: one causal call per document)"
     return "sdpa", f"one causal call per document; {obstacle}"
 
 
-def _varlen_obstacle(device: torch.device, config: PretrainedConfig) -> str | None:
+def _varlen_obstacle(device: torch.device, config: PretrainedConfig, capability: tuple[int, int] | None) -> str | None:
     """Why torch's variable-length kernel cannot run here, as half a sentence; None if it can."""
     if device.type != "cuda":
         return "varlen needs CUDA"
-    if torch.cuda.get_device_capability(device) < _KERNEL_CAPABILITY:
+    if (capability or torch.cuda.get_device_capability(device)) < _KERNEL_CAPABILITY:
         return "varlen needs a GPU of capability 8.0 or higher"
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "varlen needs a newer torch"
@@ -207,7 +213,13 @@ def _varlen_obstacle(device: torch.device, config: PretrainedConfig) -> str | No
     return None
 
 
-def _check_request(requested: Name, device: torch.device, config: PretrainedConfig, only_eager: str | None) -> str:
+def _check_request(
+    requested: Name,
+    device: torch.device,
+    config: PretrainedConfig,
+    only_eager: str | None,
+    capability: tuple[int, int] | None,
+) -> str:
     """The sentence that comes with an explicit choice; raises where the choice cannot be."""
     if requested == "eager":
         return "as the recipe says; builds a mask of sequence_length x sequence_length"
@@ -215,7 +227,7 @@ def _check_request(requested: Name, device: torch.device, config: PretrainedConf
     caps = getattr(config, "attn_logit_softcapping", None) is not None
     if only_eager and not (caps and requested in ("flash_attention_2", "flex")):
         raise ModelError(f"model.attention: {requested}: {only_eager}; use eager or auto")
-    if requested == "varlen" and (obstacle := _varlen_obstacle(device, config)):
+    if requested == "varlen" and (obstacle := _varlen_obstacle(device, config, capability)):
         raise MachineError(f"model.attention: {obstacle}; use sdpa or auto")
     if requested == "flash_attention_2":
         _check_flash_attention(device)

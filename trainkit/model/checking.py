@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trainkit.model.locating import ModelLocation
     from trainkit.recipe.schema import Packing
 
+CONFIG_FILE = "config.json"
 DIGESTS = "SHA256SUMS"  # in the format of sha256sum(1)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -161,25 +162,46 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_config(location: ModelLocation) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, __version__
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of ``config.json``, which names an architecture. Raises ModelError; loads no other library."""
+    path = folder / CONFIG_FILE
+    values = _read_json(path, missing=f"no {CONFIG_FILE}; is this a model folder?")
+    if not isinstance(values.get("model_type"), str):
+        raise ModelError(f"{path}: no `model_type`, so nothing says which architecture this is")
+    return values
+
+
+def check_architecture(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise ModelError unless the content of a config.json describes a model that transformers can make and we train.
+
+    It must be a causal language model of transformers' own code, and not quantised already.
+    """
+    from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    path = location.folder / "config.json"
-    values = _read_json(path, missing="no config.json; is this a model folder?")
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError(f"{path}: no `model_type`, so nothing says which architecture this is")
+    model_type = values["model_type"]
     if model_type not in CONFIG_MAPPING_NAMES:
+        if values.get("auto_map"):
+            raise ModelError(
+                f"{path}: model_type `{model_type}` needs code from the model's own repository (trust_remote_code), "
+                "which is never run; take a model that transformers itself knows"
+            )
         close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING_NAMES), n=1, cutoff=0.75)
         hint = f"did you mean `{close[0]}`?" if close else "a newer transformers may know it; model code is never run"
         raise ModelError(f"{path}: transformers {__version__} does not know model_type `{model_type}`; {hint}")
-    _check_architecture(path, values)
+    _check_causal(path, values)
     if values.get("quantization_config"):
         raise ModelError(
             f"{path}: the weights are quantised already; give the unquantised model (adapter.type: qlora quantises it)"
         )
+
+
+def _check_config(location: ModelLocation) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    path = location.folder / CONFIG_FILE
+    check_architecture(path, read_config(location.folder))
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -187,7 +209,7 @@ def _check_config(location: ModelLocation) -> PretrainedConfig:
     return config
 
 
-def _check_architecture(path: Path, values: Mapping[str, Any]) -> None:
+def _check_causal(path: Path, values: Mapping[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = values.get("architectures") or []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from trainkit.errors import MachineError, ModelError
 from trainkit.run_folder import expanded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from trainkit.recipe.schema import Model
 
 SHIPPED_MODELS = Path(__file__).resolve().parent.parent / "shipped" / "models"
@@ -56,13 +59,14 @@ def locate_model(model: Model) -> ModelLocation:
     if path.exists():
         raise ModelError(f"model.name: {model.name} is a file; give the folder that it lies in")
     near = _nearest_folder(path)
-    if near is not None or _looks_like_path(model.name):
+    if near is not None or looks_like_path(model.name):
         hint = f"; did you mean {near}?" if near else "; give a folder, a hub id (owner/name) or `tiny`"
         raise ModelError(f"model.name: no such folder: {model.name}{hint}")
     return _from_hub(model.name, model.revision)
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a name is meant as a place on this machine rather than as a hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
@@ -76,13 +80,40 @@ def _nearest_folder(path: Path) -> Path | None:
     return parent / by_lower_case[close[0]] if close else None
 
 
+def download_config(name: str, revision: str | None) -> Path:
+    """``config.json`` of a hub id, downloaded alone. Raises ModelError as :func:`locate_model` does."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    with _hub_failures(name, revision):
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision))
+        except hub.LocalEntryNotFoundError:  # a kind of the next, and another matter: nobody was asked
+            raise
+        except hub.EntryNotFoundError as error:
+            raise ModelError(
+                f"model.name: {name} has no config.json on the hub; is it a model for transformers?"
+            ) from error
+
+
 def _from_hub(name: str, revision: str | None) -> ModelLocation:
     import huggingface_hub
+
+    with _hub_failures(name, revision):
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    return ModelLocation(name, folder, revision=folder.name, hub_id=name)
+
+
+@contextmanager
+def _hub_failures(name: str, revision: str | None) -> Iterator[None]:
+    """Everything that the hub may refuse, as our own errors."""
     from huggingface_hub import errors as hub
 
     local = "or give model.name a local folder"
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        yield
+    except (ModelError, MachineError):
+        raise
     except hub.HFValidationError as error:
         raise ModelError(f"model.name: {name} is neither a folder here nor a hub id (owner/name)") from error
     except hub.GatedRepoError as error:
@@ -108,4 +139,3 @@ def _from_hub(name: str, revision: str | None) -> ModelLocation:
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise ModelError(f"model.name: {name} cannot be fetched from the hub ({reason}); try again, {local}") from error
-    return ModelLocation(name, folder, revision=folder.name, hub_id=name)

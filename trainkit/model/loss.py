@@ -38,8 +38,8 @@ UNTRAINED = -100  # the label of a token that is no target; torch's and transfor
 # chunks of 256; V = 32,000 takes 4.0 s plain and 3.3 s in chunks; V = 128,256 with N = 1,024 takes 4.1 s and 3.8 s
 # (with a head that trains: 13.0 s and 5.1 s). torch's automatic chunk size took 33 s there, so the size is ours.
 _PLAIN_LOGITS = 2**22
-_CHUNK_TOKENS_CPU = 256
-_CHUNK_TOKENS_GPU = 1024  # a GPU needs a taller matrix to be busy: every chunk reads the whole head once
+# A GPU needs a taller matrix to be busy: every chunk reads the whole head once.
+CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 _TORCH_HAS_CHUNKS = hasattr(torch.nn, "LinearCrossEntropyOptions")  # 2.13
 
@@ -60,7 +60,8 @@ class LossModel(nn.Module):
     """A causal language model (plain or with an adapter) whose forward pass is the loss.
 
     The chosen attention is installed in the model, and every forward pass runs in the plan's precision. ``head`` is
-    found by :func:`verify_head` unless given (a model without real weights cannot be tried out).
+    found by :func:`verify_head` unless given (a model without real weights cannot be tried out). ``chunk_tokens`` is
+    how many tokens the head takes at once; None: what is fastest on the device.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LossModel(nn.Module):
         attention: AttentionChoice,
         precision: PrecisionPlan,
         head: HeadPath | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         install_attention(model, attention)
@@ -76,6 +78,7 @@ class LossModel(nn.Module):
         self.attention = attention
         self.precision = precision
         self.head = head or verify_head(model, precision)
+        self.chunk_tokens = chunk_tokens
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -115,7 +118,7 @@ class LossModel(nn.Module):
         head = base.get_output_embeddings()
         if labels_N.numel() * base.config.get_text_config().vocab_size <= _PLAIN_LOGITS:
             return _cross_entropy_sum(head, hidden_ND, labels_N)
-        chunk_tokens = _CHUNK_TOKENS_CPU if hidden_ND.device.type == "cpu" else _CHUNK_TOKENS_GPU
+        chunk_tokens = self.chunk_tokens or CHUNK_TOKENS["cpu" if hidden_ND.device.type == "cpu" else "cuda"]
         # torch's own chunks compute the gradients in the forward pass, in the type of their input and before the loss
         # scale: in 16 bit that loses digits of the sum and small fp16 gradients. So it serves fp32 alone.
         if self.precision.compute == torch.float32 and type(head) is nn.Linear and _TORCH_HAS_CHUNKS:

@@ -62,6 +62,11 @@ def plan_precision(requested: Precision, device: torch.device) -> PrecisionPlan:
     Raises :class:`MachineError` where the device cannot compute in the requested type.
     """
     name, reason = _automatic(device) if requested == "auto" else (requested, _check(requested, device))
+    return types_of(name, reason)
+
+
+def types_of(name: Name, reason: str) -> PrecisionPlan:
+    """The plan that comes with a precision, on whatever device."""
     compute = _DTYPES[name]
     return PrecisionPlan(
         name=name,

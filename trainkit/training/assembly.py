@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from trainkit.model.adapters import attach_adapter, check_adapter
 from trainkit.model.attention import choose_attention
 from trainkit.model.checking import check_model, check_vocabulary, weight_files
@@ -103,6 +105,8 @@ def assemble(
         counters=Counters(),
     )
     seed_everything(seed)  # how the parts were made must not show in the run
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks that loading left behind fit no tensor of a step
     facts = [("model", sentence) for sentence in (*loaded.sentences, *adapter_sentences)]
     facts += [("attention", attention.reason), ("precision", precision.sentence())]
     facts += [("loss", sentence) for sentence in loss_model.sentences]

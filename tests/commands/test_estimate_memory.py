@@ -1,0 +1,341 @@
+"""`trainkit estimate-memory` through the command line; a stand-in for the engines where the figures do not matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainkit.cli import run
+from trainkit.memory.estimate import PARTS, Estimate, Point
+from trainkit.memory.models import known_models
+from trainkit.memory.scenario import Scenario
+
+GIB = 2**30
+RECIPE = """\
+model: {name: llama-3.1-8b}
+precision: bf16
+adapter: {type: lora, r: 8, alpha: 16}
+data: {train: train.jsonl}
+packing: {sequence_length: 1024}
+training: {epochs: 1, tokens_per_step: 8192, micro_batch_size: 4}
+output_dir: runs/a
+"""
+
+Said = pytest.CaptureFixture[str]
+
+
+@dataclass
+class StandIn:
+    """Answers by the token and by the method, and keeps what it was asked."""
+
+    asked: list[Scenario] = field(default_factory=list)
+    exact: bool | None = None
+
+    def __call__(self, scenario: Scenario, *, exact: bool = False) -> Estimate:
+        self.asked.append(scenario)
+        self.exact = exact
+        states = {"full": 120, "lora": 16, "qlora": 6}[scenario.method] * GIB
+        share = scenario.gpus if scenario.shard == "fsdp2" else 1
+        a_token = GIB // (8192 if scenario.activation_checkpointing else 1024)
+        parts = dict.fromkeys(PARTS, 0) | {"weights": states // share, "activations": scenario.tokens * a_token}
+        peak = sum(parts.values())
+        timeline = (Point("forward", "layer 1", {"weights": states}), Point("backward", "layer 3", parts))
+        trained = 8_030_261_248 if scenario.adapter is None else 41_943_040
+        return Estimate(
+            8_030_261_248,
+            trained,
+            peak,
+            peak + GIB,
+            "backward",
+            "layer 3",
+            parts,
+            timeline,
+            "quick",
+            0.25,
+            ("A remark.",),
+        )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    stand_in = StandIn()
+    monkeypatch.setattr("trainkit.commands.estimate_memory.estimate", stand_in)
+    monkeypatch.setattr("trainkit.commands.estimate_memory.quick_peak_bytes", lambda _scenario: None)
+    return stand_in
+
+
+@pytest.fixture
+def estimated(engine: StandIn, capsys: Said) -> Callable[..., dict[str, Any]]:
+    """`estimated(arguments...)` is the JSON object of a call, whose exit code is `code`."""
+
+    def call(*arguments: str, code: int = 0) -> dict[str, Any]:
+        assert run(["estimate-memory", *arguments, "--json"]) == code
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return call
+
+
+Estimated = Callable[..., dict[str, Any]]
+
+
+def test_the_keys_that_scripts_rely_on(estimated: Estimated) -> None:
+    found = estimated("--model", "llama-3.1-8b", "--adapter", "lora", "--memory", "24GiB")
+    assert found["model"] == "llama-3.1-8b"
+    assert (found["parameters"], found["trainable_parameters"]) == (8_030_261_248, 41_943_040)
+    assert found["peak_allocated_bytes"] == sum(found["parts"].values()) == 18 * GIB
+    assert found["peak_reserved_bytes"] == 19 * GIB
+    assert found["process_bytes"] == found["peak_reserved_bytes"] + found["context_bytes"]
+    assert (found["peak_phase"], found["engine"], found["seconds"]) == ("backward", "formula", 0.25)
+    assert (found["fits"], found["verdict"], found["advice"]) == (True, "fits", [])
+    assert found["max_micro_batch_size"] == 2
+    assert found["max_sequence_length"] == (24 * 0.97 - 17.5) * 1024 // 64 * 64
+
+
+def test_without_a_capacity_nothing_is_judged(estimated: Estimated) -> None:
+    assert not {"fits", "verdict", "advice", "max_micro_batch_size"} & estimated("recipe.yaml").keys()
+
+
+def test_options_and_a_recipe_are_one_path(engine: StandIn, estimated: Estimated) -> None:
+    from_file = estimated("recipe.yaml")
+    options = ["--adapter", "lora", "--precision", "bf16", "--sequence-length", "1024", "--micro-batch-size", "4"]
+    overrides = ["--set", "adapter.r=8", "--set", "adapter.alpha=16", "--set", "training.tokens_per_step=8192"]
+    from_options = estimated("--model", "llama-3.1-8b", *options, *overrides)
+    assert engine.asked[0] == engine.asked[1]
+    assert from_file == from_options
+
+
+def test_every_option_reaches_the_scenario(engine: StandIn, estimated: Estimated) -> None:
+    estimated("--model", "llama-70b")
+    plain = engine.asked[-1]
+    assert (plain.method, plain.precision, plain.sequence_length, plain.micro_batch_size) == ("full", "bf16", 2048, 1)
+    assert (plain.activation_checkpointing, plain.optimizer, plain.gpus, plain.shard) == (False, "adamw", 1, "none")
+    for options, name, value in (
+        (["--adapter", "qlora"], "method", "qlora"),
+        (["--precision", "fp16"], "precision", "fp16"),
+        (["--sequence-length", "3000"], "sequence_length", 3000),
+        (["--micro-batch-size", "3"], "micro_batch_size", 3),
+        (["--activation-checkpointing"], "activation_checkpointing", True),
+        (["--optimizer", "adafactor"], "optimizer", "adafactor"),
+        (["--gpus", "8"], "shard", "ddp"),
+        (["--gpus", "8", "--shard", "fsdp2"], "shard", "fsdp2"),
+        (["--set", "model.attention=eager"], "attention", "eager"),
+    ):
+        estimated("--model", "llama-70b", *options)
+        assert getattr(engine.asked[-1], name) == value, options
+    estimated("--model", "llama-70b", "--gpu", "t4", code=5)
+    assert (engine.asked[0].device.capability, engine.asked[-1].device.capability) == ((9, 0), (7, 5))
+    assert engine.exact is False
+    estimated("--model", "llama-70b", "--exact")
+    assert engine.exact is True
+
+
+def test_options_change_a_recipe_file(engine: StandIn, estimated: Estimated) -> None:
+    estimated("recipe.yaml", "--adapter", "none", "--sequence-length", "3000", "--model", "qwen3-8b")
+    asked = engine.asked[-1]
+    assert (asked.method, asked.sequence_length, asked.micro_batch_size) == ("full", 3000, 4)
+    assert asked.config["model_type"] == "qwen3"
+
+
+def test_auto_takes_the_largest_micro_batch_that_fits_and_divides_the_step(
+    engine: StandIn, estimated: Estimated
+) -> None:
+    auto = ["recipe.yaml", "--set", "training.micro_batch_size=auto"]
+    assert estimated(*auto)["micro_batch_size"] == 1
+    assert estimated(*auto, "--memory", "24GiB")["micro_batch_size"] == 4  # of the 5 that fit, 8 rows a step
+    assert estimated(*auto, "--memory", "12GiB", code=5)["max_micro_batch_size"] == 0
+
+
+def test_a_short_model_is_asked_about_rows_that_it_can_take(engine: StandIn, estimated: Estimated) -> None:
+    estimated("--model", "gpt2")
+    assert engine.asked[-1].sequence_length == 1024
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_report_for_people(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "llama-3.1-8b", "--adapter", "lora", "--memory", "24GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "llama-3.1-8b (from the table of known models): 8,030,261,248 parameters; 41,943,040 train (0.522 %)" in said
+    assert "LoRA r 16, bf16, adamw; micro-batches of 1 row of 2,048 tokens, 32 of them a step" in said
+    table = [line.split() for line in said.splitlines() if line.count("  ") > 1]
+    assert ["weights", "16.00", "17.18"] in table
+    assert ["peak", "allocated", "18.00", "19.33"] in table
+    assert ["process", "19.50", "20.94"] in table
+    assert "The peak is in the backward phase, at: layer 3" in said
+    assert "A remark." in said
+    assert "fits: 19.50 GiB of 24.00 GiB (as given); up to 23.28 GiB, 97 %, counts as fitting" in said
+    assert "largest micro-batch that fits: 2 of these rows; longest row: 5,888 tokens\n" in said
+    assert "engine: formula" in said
+
+
+@pytest.mark.usefixtures("engine")
+def test_what_does_not_fit_gets_advice_to_paste(capsys: Said) -> None:
+    arguments = ["--model", "llama-3.1-8b", "--adapter", "lora", "--micro-batch-size", "4", "--gpu", "rtx-4090"]
+    assert run(["estimate-memory", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit: 25.50 GiB of 23.52 GiB (rtx-4090-24gb)" in said
+    advice = said.partition("What makes it fit, the cheapest first:\n")[2].splitlines()
+    assert advice[:3] == [
+        "  1. 21.50 GiB: the step takes more passes",
+        "       training:",
+        "         micro_batch_size: 2",
+    ]
+    assert advice[3:6] == [
+        "  2. 18.50 GiB: about a third more time",
+        "       model:",
+        "         activation_checkpointing: true",
+    ]
+    assert yaml.safe_load("\n".join(advice[1:3])) == {"training": {"micro_batch_size": 2}}
+
+
+def test_advice_as_json(estimated: Estimated) -> None:
+    found = estimated("--model", "llama-3.1-8b", "--memory", "24GiB", code=5)
+    assert (found["fits"], found["verdict"], found["max_micro_batch_size"]) == (False, "does not fit", 0)
+    lora, *_ = found["advice"]
+    assert lora["change"] == "adapters train, the model's own weights do not"
+    assert yaml.safe_load(lora["recipe"]) == {"adapter": {"type": "lora", "r": 16, "alpha": 32}}
+    assert lora["peak_allocated_bytes"] == 18 * GIB
+    assert {(change["gpus"], change["shard"]) for change in found["advice"]} >= {(1, "none"), (8, "fsdp2")}
+
+
+@pytest.mark.usefixtures("engine")
+def test_where_not_one_row_fits_the_exit_code_is_5(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "llama-70b", "--gpu", "h100-80gb"]) == 5
+    said = capsys.readouterr()
+    assert said.err == "error: llama-3.3-70b: not even one row of 2,048 tokens fits in 79.10 GiB (h100-80gb)\n"
+    assert "What makes it fit" in said.out
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_plot_is_written(tmp_path: Path, capsys: Said) -> None:
+    assert run(["estimate-memory", "recipe.yaml", "--plot", "step.svg"]) == 0
+    assert "plot: step.svg" in capsys.readouterr().out
+    assert "LoRA r 8, 4 rows of 1,024 tokens" in (tmp_path / "step.svg").read_text()
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_textbooks_figures_to_the_digit(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "llama-70b", "--view", "textbook"]) == 0
+    said = capsys.readouterr().out
+    table = {line[:50].strip(): line[50:].split() for line in said.splitlines()}
+    columns = next(line.split() for line in said.splitlines() if "llama-2-70b" in line)
+    assert columns[0] == "70b"
+    assert "llama-2-70b" in columns
+    rows = [line for line in said.splitlines() if "GiB  " in line]
+    assert rows[0].startswith("weights in fp32")
+    assert "260.77 GiB" in rows[0]
+    assert "256.96 GiB" in rows[0]
+    assert "1043.08 GiB" in rows[1]
+    assert "1043.08 GiB" in rows[2]
+    assert "= 1120 GB" in said
+    assert table
+
+
+def test_the_textbook_as_json(estimated: Estimated) -> None:
+    found = estimated("--model", "llama-70b", "--view", "textbook")
+    assert found["parameters"]["70b"] == 70 * 10**9
+    assert found["parameters"]["llama-2-70b"] == 68_976_648_192
+    by_name = {line["what"]: line["bytes"] for line in found["lines"]}
+    assert by_name["training in mixed precision"]["70b"] == 1120 * 10**9
+
+
+def test_every_known_model_by_the_cheapest_method_that_fits(estimated: Estimated) -> None:
+    found = estimated("--fits", "24GiB")
+    by_name = {model["model"]: model for model in found["models"]}
+    assert by_name.keys() == known_models().keys()
+    assert by_name["llama-3.1-8b"]["method"] == "LoRA"
+    assert by_name["llama-3.1-8b"]["trainable_parameters"] == 41_943_040
+    assert by_name["llama-3.3-70b"]["method"] is None  # for its weights alone
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_list_for_people(capsys: Said) -> None:
+    assert run(["estimate-memory", "--fits", "24GiB", "--sequence-length", "1024"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("One row of 1,024 tokens in 24.00 GiB\n")
+    assert "fit by no method: " in said
+    assert "llama-3.3-70b" in said.partition("fit by no method: ")[2]
+
+
+# With the engines themselves
+
+
+def test_the_weights_of_a_real_estimate_are_the_models_own(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "llama-3.1-8b", "--adapter", "lora", "--json", "--exact"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    parameters = known_models()["llama-3.1-8b"].parameters
+    assert found["engine"] == "trace"
+    assert found["parts"]["weights"] == pytest.approx(2 * parameters, rel=1e-4)
+    assert found["parts"]["adapters"] == 4 * found["trainable_parameters"]
+    assert found["parts"]["optimizer state"] == pytest.approx(8 * found["trainable_parameters"], rel=1e-4)
+    assert sum(found["parts"].values()) == found["peak_allocated_bytes"] <= found["peak_reserved_bytes"]
+
+
+def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
+    program = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "from trainkit.cli import run\n"
+        "sys.exit(run(['estimate-memory', '--model', 'smollm2-135m', '--adapter', 'qlora', '--exact', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["method"] == "qlora"
+    # 106 million numbers of linear layers in half a byte each, 28 million of the embedding in two bytes
+    assert found["parts"]["weights"] == pytest.approx(0.515 * 106.2e6 + 2 * 28.3e6, rel=0.02)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        ([], 2, "give a RECIPE or --model NAME; see `trainkit estimate-memory --help`"),
+        (["--model", "lama-70b"], 4, "model.name: no model `lama-70b` is known; near: llama-70b, "),
+        (["--model", "./nowhere"], 4, "model.name: no model `./nowhere` is known; "),
+        (["--model", "gpt2", "--sequence-length", "2048"], 4, "packing.sequence_length: 2,048 is beyond the 1,024 "),
+        (["--model", "gpt2", "--memory", "24"], 2, "--memory: 24 has no unit; write 24GiB"),
+        (["--model", "gpt2", "--memory", "much"], 2, "--memory: `much` is no amount of memory"),
+        (["--model", "gpt2", "--gpu", "h10"], 2, "--gpu: `h10` is not known; near: h100"),
+        (["--model", "gpt2", "--gpu", "h100", "--memory", "1GiB"], 2, "--memory: --gpu says how much memory there is"),
+        (["--model", "gpt2", "--gpus", "4", "--shard", "none"], 2, "--gpus: 4 GPUs that share nothing each need the"),
+        (["--model", "gpt2", "--shard", "fsdp2"], 2, "--shard: fsdp2 needs --gpus 2 or more"),
+        (["--model", "gpt2", "--gpu", "t4", "--precision", "bf16"], 5, "precision: t4 has no bf16 arithmetic; set"),
+        (
+            ["--model", "gpt2", "--precision", "int8"],
+            2,
+            "--precision: expected `fp32`, `fp16`, `bf16` or `auto`; got the text `int8`",
+        ),
+        (
+            ["--model", "gpt2", "--optimizer", "adam"],
+            2,
+            "--optimizer: expected `adamw`, `adamw_8bit`, `adafactor` or `sgd`; got the",
+        ),
+        (["--model", "gpt2", "--set", "adapter.ranks=3"], 2, "--set adapter.ranks: unknown key"),
+        (["--model", "gpt2", "--plot", "a.pdf"], 2, "--plot: a.pdf must end in .png, .svg or .html"),
+        (["recipe.yaml", "--gpus", "4"], 2, "training.tokens_per_step: 8,192 tokens are no micro-batch for each of 4"),
+        (["--fits", "24"], 2, "--fits: 24 has no unit; write 24GiB"),
+        (["--fits", "24GiB", "--model", "gpt2"], 2, "--fits: lists every known model, so --model has no place beside"),
+        (["--model", "gpt2", "--view", "novel"], 2, "Invalid value for '--view'"),
+        (["--model", "gpt2", "--adapter", "dora"], 2, "Invalid value for '--adapter'"),
+        (["--model", "gpt2", "--micro-batch-size", "0"], 2, "Invalid value for '--micro-batch-size'"),
+    ],
+)
+@pytest.mark.usefixtures("engine")
+def test_bad_input_is_one_line(arguments: list[str], code: int, line: str, capsys: Said) -> None:
+    assert run(["estimate-memory", *arguments]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"error: {line}")
+    assert said.err.count("\n") == 1

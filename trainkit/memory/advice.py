@@ -1,0 +1,338 @@
+"""What fits: the largest micro-batch, the longest row, the cheapest changes; each is estimated. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trainkit.memory.scenario import BYTES_OF, Scenario
+from trainkit.memory.verdict import context_bytes, process_bytes
+from trainkit.recipe.schema import Adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from trainkit.memory.estimate import Estimate
+    from trainkit.memory.verdict import Capacity
+
+
+MOST_TOKENS = 2**20  # in a micro-batch, or in a row where the model sets no bound
+LENGTH_STEP = 64  # tokens; row lengths are searched in multiples of it
+GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
+
+
+SHARED_PARTS = ("weights", "adapters", "gradients", "optimizer state")  # by FSDP2
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}  # of the optimizer, at least, a parameter
+
+
+@dataclass(frozen=True)
+class Change:
+    """A way to make it fit: what to do, at what cost, as lines of a recipe, and what a step then takes."""
+
+    sentence: str
+    lines: tuple[str, ...]
+    scenario: Scenario
+    estimate: Estimate
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model may be trained, for people, and as a change of a scenario."""
+
+    name: str
+    adapter: Adapter | None
+    activation_checkpointing: bool
+
+    def of(self, scenario: Scenario) -> Scenario:
+        """The scenario trained this way."""
+        return replace(scenario, adapter=self.adapter, activation_checkpointing=self.activation_checkpointing)
+
+
+METHODS = tuple(
+    Method(name + " + checkpointing" * checkpointing, adapter, checkpointing)
+    for name, adapter in (("full", None), ("LoRA", Adapter(type="lora")), ("QLoRA", Adapter(type="qlora")))
+    for checkpointing in (False, True)
+)
+"""In the order in which they give something up: time first, then weights that train, then exact base weights."""
+
+
+class Question:
+    """What a step takes, asked once for each scenario; all scenarios must be of one model.
+
+    ``allocated`` knows ``peak_allocated_bytes`` alone in no time, or None: what is too much by that is not asked about.
+    """
+
+    def __init__(
+        self,
+        estimate: Callable[[Scenario], Estimate],
+        allocated: Callable[[Scenario], int | None] = lambda _scenario: None,
+    ) -> None:
+        self._estimate = estimate
+        self._allocated = allocated
+        self._answers: dict[str, Estimate] = {}
+
+    def __call__(self, scenario: Scenario) -> Estimate:
+        """The estimate for a scenario."""
+        key = repr(scenario)
+        if key not in self._answers:
+            with _libraries_silent():
+                self._answers[key] = self._estimate(scenario)
+        return self._answers[key]
+
+    def least_bytes(self, scenario: Scenario) -> int | None:
+        """What the process surely takes: peak allocated and context; None where that is not known in no time."""
+        allocated = self._allocated(scenario)
+        return None if allocated is None else allocated + context_bytes(scenario.device)
+
+
+@contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """What libraries log while a step is traced is about tensors that are not there; what is wrong is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
+    """Whether the verdict on a scenario is "fits"."""
+    least = ask.least_bytes(scenario)
+    if least is not None and least > capacity.to_fill_bytes:
+        return False
+    return process_bytes(ask(scenario), scenario.device) <= capacity.to_fill_bytes
+
+
+def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
+    """Rows of the largest micro-batch that fits, everything else unchanged; 0 where not even one row does.
+
+    Not searched beyond :data:`MOST_TOKENS` tokens.
+    """
+    most = max(MOST_TOKENS // scenario.sequence_length, 1)
+    return _largest(lambda rows: replace(scenario, micro_batch_size=rows), most, capacity, ask)
+
+
+def longest_row(scenario: Scenario, capacity: Capacity, ask: Question, positions: int | None) -> int:
+    """Tokens of the longest row that fits, everything else unchanged: a multiple of 64, or all ``positions``; or 0."""
+    most = min(positions or MOST_TOKENS, MOST_TOKENS)
+    steps = -(-most // LENGTH_STEP)
+
+    def of_length(step: int) -> Scenario:
+        return replace(scenario, sequence_length=min(step * LENGTH_STEP, most))
+
+    return min(_largest(of_length, steps, capacity, ask) * LENGTH_STEP, most)
+
+
+def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_rows: int | None = None) -> int:
+    """What ``micro_batch_size: auto`` comes to: the largest micro-batch that fits and divides the rows of a step; or 0.
+
+    ``most_rows`` caps it where larger ones are no faster.
+    """
+    in_a_step = scenario.micro_batch_size * scenario.micro_batches
+    divisors = [rows for rows in range(1, in_a_step + 1) if in_a_step % rows == 0]
+    divisors = [rows for rows in divisors if rows == 1 or not most_rows or rows <= most_rows]
+    if fitting(scenario.with_micro_batch_size(divisors[-1]), capacity, ask):
+        return divisors[-1]
+    index = _largest(lambda place: scenario.with_micro_batch_size(divisors[place - 1]), len(divisors), capacity, ask)
+    return divisors[index - 1] if index else 0
+
+
+def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
+    """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does."""
+    found = changes_of_recipe(scenario, capacity, ask)
+    sharded = []
+    if scenario.gpus == 1 and scenario.method != "qlora":
+        sharded.append(_sharded(scenario, scenario, capacity, ask))
+        if not found and scenario.adapter is None:
+            sharded.append(_sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask))
+    return [*found, *(change for change in sharded if change is not None)]
+
+
+def changes_of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
+    """Those of :func:`changes` that need no further GPU."""
+    return [change for change in _of_recipe(scenario, capacity, ask) if change is not None]
+
+
+def cheapest_method(
+    scenario: Scenario, parameters: int, capacity: Capacity, ask: Question
+) -> tuple[Method, Estimate] | None:
+    """The first of :data:`METHODS` with which the scenario fits; None where none does.
+
+    What cannot fit for its ``parameters`` alone is not estimated.
+    """
+    for method in METHODS:
+        tried = method.of(scenario)
+        if _least_bytes(tried, parameters) <= capacity.to_fill_bytes and fitting(tried, capacity, ask):
+            return method, ask(tried)
+    return None
+
+
+def _of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
+    yield _fewer_rows(scenario, "the step takes more passes", capacity, ask)
+    checkpointed = replace(scenario, activation_checkpointing=True)
+    if not scenario.activation_checkpointing:
+        yield _as_it_is_or_fewer_rows(checkpointed, "about a third more time", scenario, capacity, ask)
+    if scenario.adapter is None and scenario.optimizer == "adamw":
+        yield _cheapest(
+            replace(scenario, optimizer="adamw_8bit"),
+            "moments of 8 bit; needs the extra [qlora]",
+            scenario,
+            capacity,
+            ask,
+        )
+    if scenario.adapter is None:
+        lora = replace(scenario, adapter=Adapter(type="lora"))
+        yield _cheapest(lora, "adapters train, the model's own weights do not", scenario, capacity, ask)
+    if scenario.method != "qlora":
+        four_bit = replace(scenario.adapter or Adapter(), type="qlora")
+        qlora = replace(scenario, adapter=four_bit)
+        yield _cheapest(qlora, "adapters on a base in 4 bit; slower steps, inexact weights", scenario, capacity, ask)
+
+
+def _fewer_rows(scenario: Scenario, cost: str, capacity: Capacity, ask: Question) -> Change | None:
+    for rows in _smaller_divisors(scenario):
+        tried = scenario.with_micro_batch_size(rows)
+        if fitting(tried, capacity, ask):
+            return _change(tried, cost, scenario, ask)
+    return None
+
+
+def _as_it_is_or_fewer_rows(
+    tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, ask: Question
+) -> Change | None:
+    if fitting(tried, capacity, ask):
+        return _change(tried, cost, asked, ask)
+    if fewer := _fewer_rows(tried, cost, capacity, ask):
+        return _change(fewer.scenario, cost, asked, ask)
+    return None
+
+
+def _cheapest(tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
+    """With all rows, else with activation checkpointing, else with fewer rows as well."""
+    if fitting(tried, capacity, ask):
+        return _change(tried, cost, asked, ask)
+    checkpointed = replace(tried, activation_checkpointing=True)
+    return _as_it_is_or_fewer_rows(checkpointed, f"{cost}; about a third more time", asked, capacity, ask)
+
+
+def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
+    """The fewest GPUs that can share the step, with activation checkpointing.
+
+    A trace of many GPUs takes seconds, so there are two at most: what the first says of the parts that are shared tells
+    how many GPUs it will take.
+    """
+    checkpointed = replace(scenario, activation_checkpointing=True, shard="fsdp2")
+    least = _least_bytes(scenario, ask(asked).parameters)
+    first = next((gpus for gpus in GPU_COUNTS if least / gpus <= capacity.to_fill_bytes), None)
+    if first is None:
+        return None
+    tried = replace(checkpointed, gpus=first)
+    if not fitting(tried, capacity, ask):
+        found = ask(tried)
+        shared = first * sum(found.parts[part] for part in SHARED_PARTS)
+        rest = process_bytes(found, tried.device) - shared // first
+        room = capacity.to_fill_bytes - rest
+        enough = next((gpus for gpus in GPU_COUNTS if gpus > first and shared / gpus <= room), None)
+        if enough is None:
+            return None
+        tried = replace(checkpointed, gpus=enough)
+        if not fitting(tried, capacity, ask):
+            return None
+    return _change(tried, f"{tried.gpus} such GPUs that share it (--gpus {tried.gpus} --shard fsdp2)", asked, ask)
+
+
+def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question) -> Change:
+    """What differs between the scenario and the one that was asked about."""
+    lines: list[str] = []
+    if scenario.activation_checkpointing != asked.activation_checkpointing:
+        lines += ["model:", "  activation_checkpointing: true"]
+    if scenario.adapter != asked.adapter and scenario.adapter is not None:
+        keys = f"type: {scenario.adapter.type}, r: {scenario.adapter.r}, alpha: {scenario.adapter.alpha:g}"
+        lines += [f"adapter: {{{keys}}}"]
+    training = []
+    if scenario.optimizer != asked.optimizer:
+        training.append(f"  optimizer: {scenario.optimizer}")
+    if scenario.micro_batch_size != asked.micro_batch_size:
+        training.append(f"  micro_batch_size: {scenario.micro_batch_size}")
+    if training:
+        lines += ["training:", *training]
+    return Change(cost, tuple(lines), scenario, ask(scenario))
+
+
+def _least_bytes(scenario: Scenario, parameters: int) -> float:
+    """What the parameters take at the very least: fp32 weights, gradients and moments, or the frozen base."""
+    if scenario.method == "full":
+        return parameters * (8 + MOMENT_BYTES[scenario.optimizer])
+    return parameters * (0.5 if scenario.method == "qlora" else BYTES_OF[scenario.frozen_storage])
+
+
+def _smaller_divisors(scenario: Scenario) -> list[int]:
+    """Smaller micro-batches that divide the rows of a step, the largest first."""
+    rows = scenario.micro_batch_size
+    in_a_step = rows * scenario.micro_batches
+    return [fewer for fewer in range(rows - 1, 0, -1) if in_a_step % fewer == 0]
+
+
+def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capacity, ask: Question) -> int:
+    """The largest n from 1 to ``most`` whose scenario fits; 0 where that of 1 does not.
+
+    The need grows with n, almost in proportion: each guess is where the line through two estimates meets the capacity,
+    so that a handful is enough. Guesses come from below, since a trace takes longer the more tokens there are. Once
+    something is too large, every other guess is the middle, in case the line bends.
+    """
+
+    def need(number: int) -> int:
+        scenario = scenario_at(number)
+        return process_bytes(ask(scenario), scenario.device)
+
+    limit = capacity.to_fill_bytes
+    bound = _bound(scenario_at, most, limit, ask)
+    if bound == 0:
+        return 0
+    low, low_need = 1, need(1)
+    if low_need > limit:
+        return 0
+    high, slope, by_line = most + 1, 0.0, True
+    if bound is not None and bound > 1:
+        bound_need = need(bound)
+        if bound_need <= limit:
+            return bound
+        high, slope = bound, (bound_need - low_need) / (bound - 1)
+    elif bound == 1:
+        return 1
+    while high - low > 1:
+        guess = (low + high) // 2
+        if slope == 0:
+            guess = 2
+        elif by_line or high > most:
+            guess = low + int((limit - low_need) / slope)
+        guess = min(max(guess, low + 1), high - 1)
+        found = need(guess)
+        slope = max((found - low_need) / (guess - low), 1.0)
+        if found <= limit:
+            low, low_need = guess, found
+        else:
+            high = guess
+            by_line = not by_line
+    return low
+
+
+def _bound(scenario_at: Callable[[int], Scenario], most: int, limit: int, ask: Question) -> int | None:
+    """The largest n that is not surely too much; None where only an estimate knows."""
+    least = ask.least_bytes(scenario_at(1))
+    if least is None:
+        return None
+    if least > limit:
+        return 0
+    low, high = 1, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        least = ask.least_bytes(scenario_at(middle))
+        if least is None or least <= limit:
+            low = middle
+        else:
+            high = middle
+    return low

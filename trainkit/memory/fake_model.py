@@ -1,0 +1,258 @@
+"""The run's own model without a single weight: its class built from its config, adapted, and made of fake tensors.
+
+Everything is built on the meta device, which knows shapes and types, and only then turned into fake tensors: peft
+cannot build its layers on those.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from trainkit.errors import ModelError, TrainkitError
+from trainkit.memory.event_log import TRACED
+from trainkit.memory.four_bit import FourBitLinear, quantise
+from trainkit.model.adapters import attach_adapter, trained_share
+from trainkit.model.attention import AttentionChoice, choose_attention
+from trainkit.model.loading import quiet_libraries
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trainkit.memory.scenario import PrecisionName, Scenario
+    from trainkit.recipe.schema import Adapter
+
+DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_SEED = 0  # weights without values need no better
+_NUMBERING = ("layer_idx", "layer_id")  # what a layer knows of its place
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A model whose tensors are fake, and what is known of the real one.
+
+    ``depth`` is the real number of layers; ``layers`` are those that were built.
+    """
+
+    model: Any
+    attention: AttentionChoice
+    mode: FakeTensorMode
+    layers: nn.ModuleList
+    depth: int
+    parameters: int
+    trainable_parameters: int
+
+
+def parse_config(config: Mapping[str, Any]) -> Any:
+    """The transformers configuration of a config.json's content. Raises ModelError where there is no such class."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = config.get("model_type")
+    if "auto_map" in config and kind not in CONFIG_MAPPING:
+        raise ModelError(f"model_type {kind!r}: needs code of its own (trust_remote_code), which is never run here")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ModelError(f"config.json: model_type {kind!r} is unknown to this transformers; use another model")
+    values = {name: value for name, value in config.items() if name not in {"model_type", "auto_map"}}
+    try:
+        with quiet_libraries():
+            parsed = CONFIG_MAPPING[kind](**values)
+    except Exception as error:  # validation differs from class to class
+        raise ModelError(f"config.json of {kind}: {_first_line(error)}") from error
+    if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(parsed.get_text_config()) not in (
+        MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise ModelError(f"config.json of {kind}: transformers has no causal language model for it; use another model")
+    return parsed
+
+
+def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
+    """The model of a scenario; with :data:`TRACED` layers unless ``full_depth`` or it has fewer.
+
+    Raises ModelError where it cannot be built, UsageError for an adapter that does not fit it.
+    """
+    whole = parse_config(scenario.config)
+    depth = whole.get_text_config().num_hidden_layers
+    built = depth if full_depth else min(depth, TRACED)
+    device = torch.device(scenario.device.kind)
+    # The flash-attn package is the same kernel for memory's sake, and cannot be called without a GPU.
+    requested = "varlen" if scenario.attention == "flash_attention_2" else scenario.attention
+    attention = choose_attention(requested, device, whole, capability=scenario.device.capability)
+    model = _adapted(_base_model(scenario, parse_config(_with_layers(scenario.config, built)), attention), scenario)
+    layers = decoder_layers(model)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _make_fake(model, mode)
+    total, trained = _counts(model, layers, depth)
+    return FakeModel(model, attention, mode, layers, depth, total, trained)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The longest list of modules, which holds the decoder's layers. Raises ModelError where there is none."""
+    lists = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not name.endswith("experts")
+    ]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} keeps its layers in no list; its memory cannot be estimated")
+    return max(lists, key=len)
+
+
+def layer_of_tensors(layers: nn.ModuleList) -> dict[int, int]:
+    """Which layer a parameter or a buffer belongs to, by its identity."""
+    return {
+        id(tensor): index for index, layer in enumerate(layers) for tensor in (*layer.parameters(), *layer.buffers())
+    }
+
+
+def equal_layers(config: Mapping[str, Any]) -> bool:
+    """Whether all layers of the model are of one kind: the same modules, shapes and settings.
+
+    Then any few of them stand for all.
+    """
+    model = _on_meta(parse_config(config), torch.float32, None)
+    return len({_signature(layer) for layer in decoder_layers(model)}) == 1
+
+
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    settings = []
+    for name, module in layer.named_modules():
+        plain = sorted(
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key not in _NUMBERING and not key.startswith("_")
+        )
+        shapes = tuple((key, tuple(tensor.shape)) for key, tensor in module.named_parameters(recurse=False))
+        settings.append((name, type(module).__name__, tuple(plain), shapes))
+    return tuple(settings)
+
+
+def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The config with fewer layers; a list with an entry for each layer is cut too."""
+    depth = config.get("num_hidden_layers")
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": _with_layers(config["text_config"], layers)}
+    cut = {
+        name: value[:layers] if isinstance(value, list) and len(value) == depth else value
+        for name, value in config.items()
+    }
+    return {**cut, "num_hidden_layers": layers}
+
+
+def _base_model(scenario: Scenario, config: Any, attention: AttentionChoice) -> Any:
+    """The model as trainkit loads it: fp32 where all of it trains, else the type of the frozen weights, or 4 bit."""
+    dtype = torch.float32 if scenario.adapter is None else DTYPES[scenario.frozen_storage]
+    stock = {"eager": "eager"}.get(attention.name, "sdpa") if scenario.loop == "transformers" else None
+    model = _on_meta(config, dtype, stock)
+    if scenario.method == "qlora":
+        plain = scenario.loop == "trainkit"
+        quantise(model, model.get_output_embeddings(), dtype, double_quantisation=plain)
+        if not plain:
+            _widen_small(model)
+    if scenario.activation_checkpointing:
+        # The generators' states are no memory of the device; without them a fake step needs no generator.
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(options)
+    model.config.use_cache = False
+    return model.train()
+
+
+def _on_meta(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with torch.device("meta"), no_init_weights(), quiet_libraries():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+            model.tie_weights()  # without initialisation it is not done
+    except TrainkitError:
+        raise
+    except Exception as error:  # whatever a model class makes of a config that does not fit
+        raise ModelError(f"config.json of {config.model_type}: no model can be built: {_first_line(error)}") from error
+    return model
+
+
+def _widen_small(model: nn.Module) -> None:
+    """What peft's prepare_model_for_kbit_training does: every weight that is not packed becomes fp32."""
+    model.requires_grad_(requires_grad=False)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def _adapted(model: Any, scenario: Scenario) -> Any:
+    adapter = scenario.adapter
+    if adapter is not None:
+        adapter = _without_values(adapter)
+    with torch.device("meta"):  # where peft makes its factors, before it moves them to the layer's device
+        adapted, _ = attach_adapter(model, adapter, _SEED)
+    if scenario.method != "qlora":
+        return adapted
+    from peft.tuners.lora import LoraLayer
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.base_layer, FourBitLinear):
+            module.base_layer.is_adapted = True
+            # peft's 4-bit layer leaves its input alone under autocast, and casts it otherwise.
+            module.cast_input_dtype_enabled = scenario.loop == "transformers" or scenario.precision == "fp32"
+    return adapted
+
+
+def _without_values(adapter: Adapter) -> Adapter:
+    """How the factors start needs values (a decomposition of the weights) and changes no size."""
+    return replace(adapter, init_lora_weights=True)
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Meta tensors → fake tensors of the type "cpu"; shared ones stay shared."""
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the meta tensor is kept, so that its id stays its own
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known:
+            meta = tensor.detach()
+            if not meta.is_meta:
+                meta = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta")
+            made: torch.Tensor = FakeTensor(mode, meta, torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            known[id(tensor)] = (tensor, made)
+        return known[id(tensor)][1]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):  # noqa: SLF001 - modules let nobody else replace them
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def _counts(model: nn.Module, layers: nn.ModuleList, depth: int) -> tuple[int, int]:
+    """Parameters and trained parameters of the whole depth: each layer beyond those built is like the last but one."""
+    total = Counter(trained_counts(model))
+    if depth != len(layers):
+        middle = Counter(trained_counts(layers[-2]))
+        for name, count in middle.items():
+            total[name] += (depth - len(layers)) * count
+    return total["own"], total["trained"]
+
+
+def trained_counts(module: nn.Module) -> dict[str, int]:
+    """Numbers in a module's parameters: the model's ``own`` (unpacked, without adapters) and those ``trained``."""
+    share = trained_share(module)
+    packed = sum(
+        child.in_features * child.out_features - child.weight.numel()
+        for child in module.modules()
+        if isinstance(child, FourBitLinear)
+    )
+    added = sum(parameter.numel() for name, parameter in module.named_parameters() if "lora_" in name)
+    return {"own": share.total + packed - added, "trained": share.trained}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

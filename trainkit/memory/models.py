@@ -1,0 +1,180 @@
+"""What is known of a model before anything is downloaded: a table of well-known ones, or one config.json. Torch-free.
+
+The table is ``configs/models/*.yaml``: for each model its hub ids, the names that people type, its exact number of
+parameters and the shape keys of its config.json. A name that stands there needs no network.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from trainkit.errors import ModelError
+from trainkit.memory.tables import configs_folder, near_names, plain_name, read_table
+from trainkit.model.checking import CONFIG_FILE, check_architecture, read_config
+from trainkit.model.locating import SHIPPED_NAMES, download_config, locate_model, looks_like_path
+from trainkit.run_folder import expanded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from trainkit.recipe.schema import Model
+
+# What the names of tuned versions end with: their shapes are those of the base model.
+_TUNED = re.compile(r"-(instruct|chat|base|it|hf|pt)$")
+
+_LAYERS = ("num_hidden_layers", "n_layer")
+_WIDTH = ("hidden_size", "n_embd")
+_HEADS = ("num_attention_heads", "n_head")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+_HEAD_WIDTH = ("head_dim", "qk_nope_head_dim")
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_VOCABULARY = ("vocab_size",)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model of the table."""
+
+    name: str
+    hub_ids: tuple[str, ...]
+    aliases: tuple[str, ...]
+    parameters: int
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model by its config.json: the name to show, the file's content, and where it comes from, as a clause."""
+
+    name: str
+    config: Mapping[str, Any]
+    source: str
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of a multimodal configuration that describes the language model; else the configuration itself."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def positions(self) -> int | None:
+        """The longest row that the model has positions for; None where its configuration sets no bound."""
+        found = _first(self.text_config, _POSITIONS)
+        return found if isinstance(found, int) else None
+
+
+@cache
+def known_models() -> Mapping[str, KnownModel]:
+    """Every model of the table by its name, families together."""
+    found = {}
+    for path in sorted((configs_folder() / "models").glob("*.yaml")):
+        for name, facts in read_table(path).items():
+            found[name] = KnownModel(
+                name,
+                hub_ids=tuple(facts["hub_ids"]),
+                aliases=tuple(facts.get("aliases", ())),
+                parameters=facts["parameters"],
+                config=facts["config"],
+            )
+    return found
+
+
+def known_model(name: str) -> KnownModel | None:
+    """The model of the table that ``name`` stands for: its name, an alias or a hub id; None where it is not there.
+
+    >>> [known_model(name).name for name in ("llama-70b", "Llama 3.1 8B Instruct", "qwen/qwen3-8b", "mistral-7b")]
+    ['llama-3.3-70b', 'llama-3.1-8b', 'qwen3-8b', 'mistral-7b-v0.3']
+    """
+    plain = plain_name(name)
+    for spelling in (plain, _TUNED.sub("", plain), _TUNED.sub("", plain).removeprefix("meta-")):
+        if spelling in _by_spelling():
+            return _by_spelling()[spelling]
+    return None
+
+
+@cache
+def _by_spelling() -> Mapping[str, KnownModel]:
+    spellings: dict[str, KnownModel] = {}
+    for model in known_models().values():
+        for spelling in (model.name, *model.aliases, *model.hub_ids):
+            spellings[plain_name(spelling)] = model
+    return spellings
+
+
+def model_facts(model: Model) -> ModelFacts:
+    """What ``model.name`` of a recipe stands for: the shipped model, a folder, a model of the table, or a hub id.
+
+    Of a folder, config.json is all that must be there; of a hub id, it is all that is downloaded. Raises ModelError for
+    what cannot be found, read or trained.
+    """
+    name = model.name
+    if name in SHIPPED_NAMES or expanded(name).is_dir():
+        path = locate_model(model).folder / CONFIG_FILE
+        source = "which ships with trainkit" if name in SHIPPED_NAMES else f"from its {CONFIG_FILE}"
+    elif known := known_model(name):
+        return ModelFacts(known.name, known.config, "from the table of known models")
+    elif name.count("/") != 1 or looks_like_path(name) or expanded(name).exists():
+        raise _unknown(name)
+    else:
+        path = download_config(name, model.revision)
+        source = f"from its {CONFIG_FILE}, downloaded"
+    facts = ModelFacts(name, read_config(path.parent), source)
+    if not _surely_causal(facts.config):
+        check_architecture(path, facts.config)  # takes a second: it asks transformers
+    _check_numbers(facts, path)
+    return facts
+
+
+def check_sequence_length(facts: ModelFacts, sequence_length: int) -> None:
+    """Raise ModelError for a row longer than the model has positions for, as a run would."""
+    positions = facts.positions
+    if positions is not None and sequence_length > positions:
+        raise ModelError(
+            f"packing.sequence_length: {sequence_length:,} is beyond the {positions:,} positions of {facts.name} "
+            f"(max_position_embeddings); set it to {positions} or less"
+        )
+
+
+def _unknown(name: str) -> ModelError:
+    if expanded(name).exists():
+        return ModelError(f"model.name: {name} is a file; give the folder that holds config.json")
+    near = near_names(name, [*known_models(), *(alias for model in known_models().values() for alias in model.aliases)])
+    hint = f"near: {', '.join(near)}; or" if near else "`--fits 24GiB` lists the known ones;"
+    return ModelError(f"model.name: no model `{name[:60]}` is known; {hint} give a folder with config.json or a hub id")
+
+
+def _surely_causal(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is, by its words alone, of a kind that the table holds."""
+    named = config.get("architectures") or []
+    return (
+        config["model_type"] in {model.config["model_type"] for model in known_models().values()}
+        and all(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
+        and not config.get("is_encoder_decoder")
+        and not config.get("quantization_config")
+    )
+
+
+def _check_numbers(facts: ModelFacts, path: Path) -> None:
+    """Raise ModelError, naming config.json, for numbers that no model can have."""
+    config = facts.text_config
+    for names in (_LAYERS, _WIDTH, _HEADS, _VOCABULARY):
+        value = _first(config, names)
+        if value is not None and not (type(value) is int and value > 0):
+            raise ModelError(f"{path}: {names[0]} is {value!r}; it must be a whole number above 0")
+    width, heads, key_value_heads = (_first(config, names) for names in (_WIDTH, _HEADS, _KEY_VALUE_HEADS))
+    if width is None or heads is None:
+        return  # the class's own defaults decide
+    if width % heads and not any(config.get(name) for name in _HEAD_WIDTH):
+        raise ModelError(
+            f"{path}: hidden_size {width} is no multiple of num_attention_heads {heads}, and no head_dim is given"
+        )
+    if type(key_value_heads) is int and (key_value_heads < 1 or heads % key_value_heads):
+        raise ModelError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((config[name] for name in names if name in config), None)

@@ -1,0 +1,134 @@
+"""Records the quick engine's logs: traces of a model whose dimensions are told apart by a prime factor of each.
+
+The number of bytes of a piece of memory then says of which dimensions it is the product.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from trainkit.memory.device_look import cuda_scratch
+from trainkit.memory.event_log import Kind
+from trainkit.memory.fake_model import fake_model
+from trainkit.memory.scenario import Scenario
+from trainkit.memory.symbolic_log import Dimensions, SymbolicLog
+from trainkit.memory.trace import step_log
+from trainkit.recipe.schema import Adapter
+
+if TYPE_CHECKING:
+    from trainkit.memory.event_log import EventLog
+    from trainkit.memory.quick import LogKey
+
+_TAGS = Dimensions(
+    rows=37,
+    tokens=41,
+    key_value_heads=43,
+    queries_per_key=47,
+    hidden=53,
+    intermediate=59,
+    head_width=31,
+    vocabulary=67,
+    rank=71,
+    chunk=61,
+    last_chunk=127,
+)
+# Factors of two let heads be as wide as kernels want, and packed weights fill whole blocks.
+_ROWS, _TOKENS, _CHUNK = 37, 41 * 128, 61 * 1000
+_RECORDED = Dimensions(
+    rows=_ROWS,
+    tokens=_TOKENS,
+    key_value_heads=43,
+    queries_per_key=47,
+    hidden=53 * 2048 * 43 * 47,  # a multiple of the heads, which config classes ask for; so it is looked for first
+    intermediate=59 * 2048,
+    head_width=31 * 8,
+    vocabulary=67 * 2048,
+    rank=71,
+    chunk=_CHUNK,
+    last_chunk=_ROWS * _TOKENS - 3 * _CHUNK,
+)
+_SMALL_BYTES = 2**16  # what is no product of dimensions and smaller than this counts as a constant
+_SCRATCH_MARK = 2**60
+
+
+def record(key: LogKey) -> SymbolicLog:
+    """Trace the step that ``key`` names. Raises ValueError where a size is no product of dimensions."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def marked(func: Any, args: tuple[Any, ...]) -> int:
+        call = cuda_scratch(func, args)
+        if call is None:
+            return 0
+        if call not in calls:
+            calls.append(call)
+        return _SCRATCH_MARK + calls.index(call)
+
+    scenario = scenario_to_record(key)
+    model = fake_model(scenario, full_depth=True)
+    chunk_tokens = scenario.tokens if key.one_chunk else _CHUNK
+    return _decoded(step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls)
+
+
+def scenario_to_record(key: LogKey) -> Scenario:
+    """A step of four layers and, unless it is in one, four chunks, of which the last is the shortest."""
+    dimensions = _RECORDED
+    heads = dimensions.key_value_heads * dimensions.queries_per_key
+    config = {
+        "model_type": key.family,
+        "vocab_size": dimensions.vocabulary,
+        "hidden_size": dimensions.hidden,
+        "intermediate_size": dimensions.intermediate,
+        "num_hidden_layers": 4,
+        "num_attention_heads": heads,
+        "num_key_value_heads": dimensions.key_value_heads,
+        "head_dim": dimensions.head_width,
+        "max_position_embeddings": dimensions.tokens,
+        "tie_word_embeddings": key.tied,
+    }
+    return Scenario(
+        config=config,
+        sequence_length=dimensions.tokens,
+        micro_batch_size=dimensions.rows,
+        micro_batches=2 if key.accumulates else 1,
+        adapter=None if key.method == "full" else Adapter(type=key.method, r=dimensions.rank),
+        activation_checkpointing=key.checkpointed,
+    )
+
+
+def _decoded(log: EventLog, calls: list[tuple[str, tuple[int, ...]]]) -> SymbolicLog:
+    sizes: dict[tuple[int, ...], int] = {}
+
+    def index(number: int) -> int:
+        return sizes.setdefault(_factors(number), len(sizes))
+
+    allocations = [allocation._replace(size=index(log.sizes[allocation.size])) for allocation in log.allocations]
+    events = [
+        event._replace(subject=log.sizes[event.subject] - _SCRATCH_MARK) if event.kind == Kind.SCRATCH else event
+        for event in log.events
+    ]
+    scratch = [(name, [index(number) for number in numbers]) for name, numbers in calls]
+    return SymbolicLog(list(sizes), scratch, allocations, events, log.moments)
+
+
+def _factors(number: int) -> tuple[int, ...]:
+    """Numerator, denominator and the exponent of each dimension."""
+    rest, exponents = Fraction(number), dict.fromkeys(Dimensions._fields, 0)
+    for name in ("hidden", *Dimensions._fields):
+        while number and rest.numerator % getattr(_TAGS, name) == 0:
+            rest /= getattr(_RECORDED, name)
+            exponents[name] += 1
+    if _is_plain(rest):
+        return rest.numerator, rest.denominator, *exponents.values()
+    if number < _SMALL_BYTES:
+        return number, 1, *(0 for _ in exponents)
+    raise ValueError(f"{number} bytes are no product of dimensions: {rest} is left")
+
+
+def _is_plain(rest: Fraction) -> bool:
+    """Whether what is left is made of the factors of byte counts and of gates: 2, 3 and 5."""
+    left = rest.numerator * rest.denominator
+    for prime in (2, 3, 5):
+        while left and left % prime == 0:
+            left //= prime
+    return left in {0, 1}

@@ -1,0 +1,133 @@
+"""Everything that decides how much memory a training step takes, and nothing else. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from trainkit.recipe.schema import Adapter, Recipe
+
+PrecisionName = Literal["fp32", "fp16", "bf16"]
+AttentionName = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flex", "eager"]
+OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
+Shard = Literal["none", "ddp", "fsdp2"]
+Loop = Literal["trainkit", "transformers"]
+
+BYTES_OF: dict[PrecisionName, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+# From this CUDA capability on, tensor cores multiply bf16, and the flash kernels run.
+AMPERE = (8, 0)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the step runs on: it need not be here. ``capability`` is a CUDA GPU's (``(8, 0)`` is an A100's)."""
+
+    kind: Literal["cuda", "cpu"] = "cuda"
+    capability: tuple[int, int] = (9, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A model and the way it is trained.
+
+    ``config`` is the content of the model's config.json. ``adapter`` None trains every weight. Trained weights are
+    stored in fp32, frozen ones in ``frozen_storage`` (4 bit for qlora). ``micro_batches`` above 1 means that gradients
+    of earlier micro-batches are there while a later one runs forward. Every token of a row counts as trained, and a row
+    is ``documents_per_row`` documents that do not see each other.
+
+    ``loop`` "transformers" is the plain loop that published measurements were made with: no autocast, the model's own
+    loss, AdamW in its foreach form, no clipping.
+    """
+
+    config: Mapping[str, Any] = field(repr=False)
+    sequence_length: int
+    micro_batch_size: int = 1
+    micro_batches: int = 1
+    adapter: Adapter | None = None
+    precision: PrecisionName = "bf16"
+    frozen_storage: PrecisionName = "bf16"
+    activation_checkpointing: bool = False
+    optimizer: OptimizerName = "adamw"
+    attention: AttentionName = "auto"
+    documents_per_row: int = 1
+    gpus: int = 1
+    shard: Shard = "none"
+    device: Device = Device()
+    loop: Loop = "trainkit"
+
+    @property
+    def tokens(self) -> int:
+        """Row slots of one micro-batch."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def method(self) -> Literal["full", "lora", "qlora"]:
+        """How it is trained, in one word."""
+        return "full" if self.adapter is None else self.adapter.type
+
+    def with_micro_batch_size(self, rows: int) -> Scenario:
+        """The same tokens per step in micro-batches of another size; whether any accumulate changes with it."""
+        in_a_step = self.micro_batch_size * self.micro_batches
+        return replace(self, micro_batch_size=rows, micro_batches=max(1, -(-in_a_step // rows)))
+
+
+def scenario_of(
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    *,
+    device: Device | None = None,
+    gpus: int = 1,
+    shard: Shard = "none",
+    micro_batch_size: int | None = None,
+) -> Scenario:
+    """The scenario of a recipe on a model and a device.
+
+    ``micro_batch_size`` takes the place of the recipe's, which may be ``auto``; then one row is the default. With
+    ``shard`` "none" and several GPUs nothing changes: each would run alone.
+    """
+    device = device or Device()
+    rows = micro_batch_size or (1 if recipe.training.micro_batch_size == "auto" else recipe.training.micro_batch_size)
+    processes = 1 if shard == "none" else gpus
+    rows_in_a_step = max(1, recipe.training.tokens_per_step // recipe.packing.sequence_length // processes)
+    rows = min(rows, rows_in_a_step)
+    precision = resolve_precision(recipe.precision, device)
+    isolated = recipe.packing.strategy != "none" and recipe.packing.isolate_documents
+    return Scenario(
+        config=config,
+        sequence_length=recipe.packing.sequence_length,
+        micro_batch_size=rows,
+        micro_batches=-(-rows_in_a_step // rows),
+        adapter=recipe.adapter,
+        precision=precision,
+        frozen_storage=precision,
+        activation_checkpointing=recipe.model.activation_checkpointing,
+        optimizer=recipe.training.optimizer,
+        attention=recipe.model.attention,
+        documents_per_row=2 if isolated and _copies_for_documents(recipe, device) else 1,
+        gpus=gpus,
+        shard=shard,
+        device=device,
+    )
+
+
+def resolve_precision(requested: Literal["fp32", "fp16", "bf16", "auto"], device: Device) -> PrecisionName:
+    """What ``precision: auto`` comes to on a device; the same rule as :func:`trainkit.model.precision.plan_precision`.
+
+    >>> resolve_precision("auto", Device("cuda", (7, 5))), resolve_precision("auto", Device("cpu"))
+    ('fp16', 'fp32')
+    """
+    if requested != "auto":
+        return requested
+    if device.kind == "cpu":
+        return "fp32"
+    return "bf16" if device.capability >= AMPERE else "fp16"
+
+
+def _copies_for_documents(recipe: Recipe, device: Device) -> bool:
+    """Whether the kernel runs document by document, which costs a copy of each layer's attention output."""
+    by_document = recipe.model.attention == "sdpa"
+    return by_document or (recipe.model.attention == "auto" and (device.kind == "cpu" or device.capability < AMPERE))

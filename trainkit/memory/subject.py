@@ -1,0 +1,170 @@
+"""What `estimate-memory` is asked about: the options and the file become a recipe, a model and a device. Torch-free.
+
+The options are short for keys of a recipe and are read by its reader, so that there is one path, whichever is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from trainkit.errors import MachineError, UsageError
+from trainkit.memory.gpus import find_gpu
+from trainkit.memory.models import ModelFacts, check_sequence_length, model_facts
+from trainkit.memory.scenario import AMPERE, Device, Scenario, scenario_of
+from trainkit.memory.sizes import size_in_bytes
+from trainkit.memory.verdict import Capacity
+from trainkit.recipe.reader import Flag, read_recipe
+from trainkit.recipe.schema import Model, Packing, Recipe, Training
+from trainkit.recipe.written import text_as_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks; None and False where it says nothing."""
+
+    recipe: str | None = None
+    overrides: Sequence[str] = ()
+    model: str | None = None
+    adapter: Literal["none", "lora", "qlora"] | None = None
+    precision: str | None = None
+    sequence_length: int | None = None
+    micro_batch_size: int | None = None
+    activation_checkpointing: bool = False
+    optimizer: str | None = None
+    gpus: int = 1
+    shard: Literal["none", "ddp", "fsdp2"] | None = None
+    gpu: str | None = None
+    memory: str | None = None
+    exact: bool = False
+    textbook: bool = False
+    fits: str | None = None
+    plot: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is estimated: a model, the recipe that trains it, a device, and its capacity where one is given."""
+
+    facts: ModelFacts
+    recipe: Recipe
+    warnings: tuple[str, ...]
+    device: Device
+    capacity: Capacity | None
+    gpus: int
+    shard: Literal["none", "ddp", "fsdp2"]
+
+    def scenario(self) -> Scenario:
+        """The recipe's step; one row where the recipe leaves the micro-batch to the memory."""
+        return scenario_of(self.recipe, self.facts.config, device=self.device, gpus=self.gpus, shard=self.shard)
+
+
+def check_request(request: Request) -> None:
+    """Raise UsageError for options that do not go together; before anything is read."""
+    about = [name for name, given in (("RECIPE", request.recipe), ("--model", request.model)) if given is not None]
+    if request.fits is not None:
+        others = (("--gpu", request.gpu), ("--memory", request.memory), ("--plot", request.plot))
+        unwanted = [*about, *(name for name, given in others if given is not None)]
+        if unwanted:
+            raise UsageError(f"--fits: lists every known model, so {unwanted[0]} has no place beside it; leave one out")
+    elif not about:
+        raise UsageError("give a RECIPE or --model NAME; see `trainkit estimate-memory --help`")
+    if request.gpu is not None and request.memory is not None:
+        raise UsageError("--memory: --gpu says how much memory there is already; give one of the two")
+    if request.gpus > 1 and request.shard == "none":
+        raise UsageError(
+            f"--gpus: {request.gpus} GPUs that share nothing each need the same; give --shard ddp or fsdp2"
+        )
+    if request.gpus == 1 and request.shard in ("ddp", "fsdp2"):
+        raise UsageError(f"--shard: {request.shard} needs --gpus 2 or more")
+
+
+def device_and_capacity(request: Request) -> tuple[Device, Capacity | None]:
+    """The device to estimate for (a recent GPU where none is named), and its memory where that is said."""
+    if request.gpu is not None:
+        gpu = find_gpu(request.gpu)
+        return Device("cuda", gpu.capability), Capacity(gpu.name, gpu.usable_bytes)
+    text, option = (request.memory, "--memory") if request.fits is None else (request.fits, "--fits")
+    if text is None:
+        return Device(), None
+    size = size_in_bytes(text, option)
+    return Device(), Capacity("as given", size)
+
+
+def subject_of(request: Request) -> Subject:
+    """The recipe that the file and the options make, and the model it names.
+
+    Raises UsageError and ModelError as a run of that recipe would, before anything is downloaded but a config.json.
+    """
+    device, capacity = device_and_capacity(request)
+    facts = model_facts(Model(name=request.model)) if request.model is not None and request.recipe is None else None
+    read = read_recipe(request.recipe, request.overrides, _flags(request, facts))
+    recipe = read.recipe
+    facts = facts if facts and recipe.model.name == request.model else model_facts(recipe.model)
+    check_sequence_length(facts, recipe.packing.sequence_length)
+    _check_shares(recipe, request.gpus)
+    if recipe.precision == "bf16" and device.capability < AMPERE:
+        raise MachineError(f"precision: {request.gpu} has no bf16 arithmetic; set precision: fp16")
+    shard = request.shard or ("none" if request.gpus == 1 else "ddp")
+    warnings = read.warnings if request.recipe is not None else ()
+    return Subject(facts, recipe, warnings, device, capacity, request.gpus, shard)
+
+
+def _check_shares(recipe: Recipe, gpus: int) -> None:
+    """Raise UsageError where a step has too few rows for every GPU to get one micro-batch."""
+    rows = 1 if recipe.training.micro_batch_size == "auto" else recipe.training.micro_batch_size
+    needed, there = rows * gpus * recipe.packing.sequence_length, recipe.training.tokens_per_step
+    if needed > there:
+        raise UsageError(
+            f"training.tokens_per_step: {there:,} tokens are no micro-batch for each of {gpus} GPUs; at least "
+            f"{needed:,} are needed"
+        )
+
+
+def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
+    """The options as keys of a recipe. Without a file they are the whole recipe, of data that is never read."""
+    flags = []
+    length = request.sequence_length
+    if request.recipe is None:
+        longest = facts.positions if facts and facts.positions else None
+        default = Packing().sequence_length
+        length = length or (min(default, longest) if longest else default)
+        for key, value in (("data.train", "data.jsonl"), ("training.steps", "1"), ("output_dir", "runs/estimate")):
+            flags.append(Flag("--model", key, value))
+        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size or 1)))
+        overlap = min(Packing().overlap, length // 2)
+        flags.append(Flag("--sequence-length", "packing.overlap", str(overlap)))
+    elif request.micro_batch_size is not None:
+        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size)))
+    if request.model is not None:
+        flags.append(Flag("--model", "model.name", text_as_yaml(request.model)))
+    if length is not None:
+        flags.append(Flag("--sequence-length", "packing.sequence_length", str(length)))
+    if length is not None or request.micro_batch_size is not None:
+        flags.append(_tokens_per_step(request, length))
+    if request.adapter is not None:
+        key, value = ("adapter", "null") if request.adapter == "none" else ("adapter.type", request.adapter)
+        flags.append(Flag("--adapter", key, value))
+    if request.activation_checkpointing:
+        flags.append(Flag("--activation-checkpointing", "model.activation_checkpointing", "true"))
+    if request.precision is not None:
+        flags.append(Flag("--precision", "precision", text_as_yaml(request.precision)))
+    if request.optimizer is not None:
+        flags.append(Flag("--optimizer", "training.optimizer", text_as_yaml(request.optimizer)))
+    return flags
+
+
+def _tokens_per_step(request: Request, length: int | None) -> Flag:
+    """About as many tokens in a step as the recipe says (or its default), in whole micro-batches."""
+    tokens, rows = Training.tokens_per_step, request.micro_batch_size or 1
+    if request.recipe is not None:
+        written = read_recipe(request.recipe, request.overrides).recipe
+        tokens, length = written.training.tokens_per_step, length or written.packing.sequence_length
+        if request.micro_batch_size is None and written.training.micro_batch_size != "auto":
+            rows = written.training.micro_batch_size
+    pass_tokens = rows * request.gpus * (length or Packing().sequence_length)  # one micro-batch on every GPU
+    return Flag("--sequence-length", "training.tokens_per_step", str(max(1, tokens // pass_tokens) * pass_tokens))

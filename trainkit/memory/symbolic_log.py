@@ -1,0 +1,91 @@
+"""An event log whose sizes are products of the model's dimensions, as it is stored. Torch-free.
+
+Every piece of memory that a step of a plain decoder takes is a number times some of the dimensions below, so that one
+recorded log serves every model of a family. ``sizes`` holds (numerator, denominator, exponent of each dimension);
+``scratch`` a kernel of :mod:`trainkit.memory.kernel_scratch` and its numbers, as indices into ``sizes``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainkit.memory import kernel_scratch
+from trainkit.memory.event_log import Allocation, Event, EventLog, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Dimensions(NamedTuple):
+    """What sizes depend on. The last chunk of the loss may be shorter than the others."""
+
+    rows: int
+    tokens: int
+    key_value_heads: int
+    queries_per_key: int
+    hidden: int
+    intermediate: int
+    head_width: int
+    vocabulary: int
+    rank: int
+    chunk: int
+    last_chunk: int
+
+
+@dataclass(frozen=True)
+class SymbolicLog:
+    """A recorded step of four layers and four chunks. Events are (kind, subject, label), sizes see above."""
+
+    sizes: Sequence[Sequence[int]]
+    scratch: Sequence[tuple[str, Sequence[int]]]
+    allocations: Sequence[Allocation]
+    events: Sequence[Event]
+    moments: Sequence[tuple[str, str]]
+
+    def at(self, dimensions: Dimensions) -> EventLog:
+        """The log of a model with these dimensions; the scratch of kernels stands behind the other sizes."""
+        products = [_product(size, dimensions) for size in self.sizes]
+        kernels = [kernel_scratch.BY_NAME[name](*(products[index] for index in used)) for name, used in self.scratch]
+        first = len(products)
+        events = [
+            Event(Kind.SCRATCH, first + subject, label) if kind == Kind.SCRATCH else Event(kind, subject, label)
+            for kind, subject, label in self.events
+        ]
+        return EventLog(list(self.allocations), events, products + kernels, list(self.moments))
+
+    def to_bytes(self) -> bytes:
+        """Compressed JSON; the same log gives the same bytes."""
+        parts = sorted({allocation.part for allocation in self.allocations})
+        content = {
+            "sizes": self.sizes,
+            "scratch": self.scratch,
+            "parts": parts,
+            "allocations": [[size, parts.index(part), label] for size, part, label in self.allocations],
+            "events": [list(event) for event in self.events],
+            "moments": self.moments,
+        }
+        return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> SymbolicLog:
+        """What :meth:`to_bytes` wrote."""
+        content: dict[str, Any] = json.loads(gzip.decompress(data))
+        parts = content["parts"]
+        return cls(
+            sizes=content["sizes"],
+            scratch=[(name, used) for name, used in content["scratch"]],
+            allocations=[Allocation(size, parts[part], label) for size, part, label in content["allocations"]],
+            events=[Event(Kind(kind), subject, label) for kind, subject, label in content["events"]],
+            moments=[(phase, place) for phase, place in content["moments"]],
+        )
+
+
+def _product(size: Sequence[int], dimensions: Dimensions) -> int:
+    numerator, denominator, *exponents = size
+    for dimension, exponent in zip(dimensions, exponents, strict=True):
+        if exponent:
+            numerator *= dimension**exponent
+    return -(-numerator // denominator)
