@@ -270,6 +270,14 @@ def prepare(bench: Bench) -> list[Table]:
     common = {"tokenizer": examples.tokenizer, "sequence_length": 2048}
     ours = bench.run(OURS, "prepare", examples=str(examples.file), **common)
     found.lines.append(ours)
+    cold = bench.run(
+        f"{OURS}, loading gigatoken's tables of the tokenizer",
+        "prepare",
+        examples=str(examples.file),
+        loading=True,
+        **common,
+    )
+    found.lines.append(cold)
     if not bench.version(TRL):
         found.lines.append(_not_installed("TRL", TRL.folder))
         return [found]

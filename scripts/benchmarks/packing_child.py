@@ -104,8 +104,13 @@ def trl_pack(peers: str, file: str, capacity: int, strategy: str, processes: int
         return _timed(pack, runs=1)
 
 
-def prepare(examples: str, tokenizer: str, sequence_length: int, overlap: int = 64) -> dict[str, Any]:
-    """Our own way from a file of examples to rows on disk, by the function that pack-data and fine-tune call."""
+def prepare(
+    examples: str, tokenizer: str, sequence_length: int, overlap: int = 64, *, loading: bool = False
+) -> dict[str, Any]:
+    """Our own way from a file of examples to rows on disk, by the function that pack-data and fine-tune call.
+
+    The tokenizer is loaded before the time is taken, gigatoken's tables of it too unless ``loading`` is measured.
+    """
     from trainkit.data import preparation
     from trainkit.data.encoding import Encoder
     from trainkit.model.loading import load_tokenizer, locate_model
@@ -119,9 +124,12 @@ def prepare(examples: str, tokenizer: str, sequence_length: int, overlap: int = 
     )
     loaded = load_tokenizer(locate_model(recipe.model))
     with tempfile.TemporaryDirectory() as cache:
+        known = Encoder(loaded, recipe.data, recipe.packing)
+        if not loading:
+            _ = known.fast
 
         def pack() -> dict[str, Any]:
-            encoder = Encoder(loaded, recipe.data, recipe.packing)
+            encoder = Encoder(loaded, recipe.data, recipe.packing) if loading else known
             ledger = preparation.prepare(recipe, encoder, Path(cache), lambda *_: None, anew=True).train.ledger
             lost = sum(ledger.dropped.values()) + ledger.truncated
             found = _rows_and_tokens(ledger.rows, ledger.tokens - ledger.overlap, lost, ledger.overlap)

@@ -75,8 +75,8 @@ LOOKING = [
         f"{{% if c.content is string %}}{{{{ c.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
     ),
     (
-        "{% set messages = messages if messages[1] else [{}] %}"
-        f"{FOR}{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
+        "{% set messages = messages if messages[1] else [{}] %}{% for m in messages %}"
+        f"{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
     ),
     f"{FOR}{{% set l = loop %}}{{% if l.previtem.content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if (loop | attr('previtem')).content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
