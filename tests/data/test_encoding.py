@@ -282,7 +282,7 @@ def test_canonical_composition_and_prefix_spaces_are_no_loss(tiny_tokenizer: Pre
     encoder_of(spaced).encode(conversation, PLACE)
 
 
-def test_a_decoder_that_takes_the_first_space_for_its_own_loses_nothing(
+def test_a_decoder_that_takes_the_first_space_away_loses_nothing(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     from tokenizers import decoders

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 FOR = "{% for m in messages %}"
 END = "{% endfor %}"
+UNLESS_TEXT = "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content | upper }}{% endif %}"
+MAYBE_SET = "{% if loop.first %}{% set c = m.content %}{% endif %}" + UNLESS_TEXT.replace("m.content is", "c is")
+MAYBE_NONE = "{% set c = none %}{% if loop.first %}{% set c = m %}{% endif %}" + UNLESS_TEXT.replace("m.c", "c.c", 1)
+SHOUT = "{% macro raise_exception(x) %}{{ x | upper }}{% endmacro %}"
+MARKUP = "{% macro f() %}{% autoescape true %}<{% endautoescape %}{% endmacro %}"
 
 PLACING = [
     f"{FOR}<{{{{ m.role }}}}>{{{{ m.content }}}}{END}",
@@ -29,10 +34,7 @@ PLACING = [
     f"{FOR}{{% if 'tool_calls' in m %}}x{{% endif %}}{{{{ m.content or '' }}}}{END}",
     "{% set said = messages %}{% for m in said %}{{ m.content }}{% endfor %}",
     f"{FOR}{{% if not m.content is none and m.content != none %}}{{{{ m.content }}}}{{% endif %}}{END}",
-    (
-        "{% set said = messages[1:] | list %}{% for m in said %}"
-        f"{{% if m['content'] is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
-    ),
+    f"{{% set said = messages[1:] | list %}}{{% for m in said %}}{UNLESS_TEXT}{END}",
     f"{FOR}{{{{ loop.index0 ~ loop['first'] ~ loop.cycle('a', 'b') }}}}{{{{ m.content }}}}{END}",
     f"{FOR}{{{{ ['a', 'b'] | map('upper') | join }}}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if m.role == 'x' %}}{{{{ raise_exception(m.content) }}}}{{% endif %}}{{{{ m.content }}}}{END}",
@@ -66,18 +68,9 @@ LOOKING = [
     f"{FOR}{{{{ m.content | trim(chars='x') }}}}{END}",
     f"{FOR}{{% if 'x' is in(seq=m.content) %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if 'x' is in(*[m.content]) %}}y{{% endif %}}{{{{ m.content }}}}{END}",
-    (
-        f"{FOR}{{% if loop.first %}}{{% set c = m.content %}}{{% endif %}}"
-        f"{{% if c is string %}}{{{{ c }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
-    ),
-    (
-        f"{FOR}{{% set c = none %}}{{% if loop.first %}}{{% set c = m %}}{{% endif %}}"
-        f"{{% if c.content is string %}}{{{{ c.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
-    ),
-    (
-        "{% set messages = messages if messages[1] else [{}] %}{% for m in messages %}"
-        f"{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}{{{{ m.content | upper }}}}{{% endif %}}{END}"
-    ),
+    f"{FOR}{MAYBE_SET}{END}",
+    f"{FOR}{MAYBE_NONE}{END}",
+    f"{{% set messages = messages if messages[1] else [{{}}] %}}{FOR}{UNLESS_TEXT}{END}",
     f"{FOR}{{% set l = loop %}}{{% if l.previtem.content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if (loop | attr('previtem')).content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if loop['prev' ~ 'item'].content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",
@@ -85,8 +78,8 @@ LOOKING = [
     f"{FOR}{{{{ ('<' | safe) + m.content }}}}{END}",
     f"{{% set lead | escape %}}<{{% endset %}}{FOR}{{{{ lead + m.content }}}}{END}",
     f"{FOR}{{{{ (['<'] | map('e') | first) + m.content }}}}{END}",
-    "{% macro raise_exception(x) %}{{ x | upper }}{% endmacro %}" + f"{FOR}{{{{ raise_exception(m.content) }}}}{END}",
-    "{% macro f() %}{% autoescape true %}<{% endautoescape %}{% endmacro %}" + f"{FOR}{{{{ f() + m.content }}}}{END}",
+    f"{SHOUT}{FOR}{{{{ raise_exception(m.content) }}}}{END}",
+    f"{MARKUP}{FOR}{{{{ f() + m.content }}}}{END}",
 ]
 CONVERSATION = Conversation((Message("user", "hello"), Message("assistant", "yes")))
 

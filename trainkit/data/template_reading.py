@@ -66,12 +66,10 @@ def _asks_loops_for_counts_alone(tree: nodes.Template) -> bool:
     from jinja2 import nodes
 
     met = sum(one.name == "loop" for one in tree.find_all(nodes.Name))
-    parts: list[nodes.Getattr | nodes.Getitem] = [*tree.find_all(nodes.Getattr), *tree.find_all(nodes.Getitem)]
-    for part in parts:
-        if isinstance(part.node, nodes.Name) and part.node.name == "loop":
-            asked = part.attr if isinstance(part, nodes.Getattr) else getattr(part.arg, "value", None)
-            met -= asked in _COUNTERS
-    return met == 0
+    asked: list[tuple[nodes.Node, object]] = [(one.node, one.attr) for one in tree.find_all(nodes.Getattr)]
+    asked += [(one.node, getattr(one.arg, "value", None)) for one in tree.find_all(nodes.Getitem)]
+    counters = sum(isinstance(of, nodes.Name) and of.name == "loop" and name in _COUNTERS for of, name in asked)
+    return met == counters
 
 
 def _raises_where_it_says_so(tree: nodes.Template) -> bool:
