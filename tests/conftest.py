@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,20 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_for_4_bit(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model_folder` with widths of 64 and more, which bitsandbytes packs and decodes alike on every processor."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model-for-4-bit") / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, head_dim=16)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -399,3 +399,10 @@ def test_a_recipe_error_costs_no_wait() -> None:
     after = os.times()
     assert after.children_user - before.children_user < 1.0
     assert time.perf_counter() - start < 20  # wall-clock of a busy machine
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_streams_that_were_closed_change_no_exit_code(tmp_path: Path, closed: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {name: tiny}\n")
+    command = f"{shlex.quote(sys.executable)} -m trainkit show recipe.yaml {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False, timeout=60).returncode == 2

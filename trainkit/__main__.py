@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -12,6 +13,10 @@ def main() -> None:
     # the thread that is waited for from running at all; a short one costs nothing on an idle machine. OpenMP's runtime
     # reads this when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the program began: what is said goes nowhere
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the program ends
 
     from trainkit.cli import run
 

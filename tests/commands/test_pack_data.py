@@ -422,3 +422,16 @@ def test_time_belongs_to_the_stage_that_worked(monkeypatch: pytest.MonkeyPatch) 
     seconds = {"tokenizer": 1.5, "checking": 2.0, "encoding": 4.5, "packing": 8.0, "opening": 0.5, "writing": 2.25}
     assert clock.seconds() == {**seconds, "total": 18.75}
     assert told[2] == ("encoding a.jsonl", 9, None)
+
+
+def test_rows_that_fine_tune_would_refuse_are_packed_with_a_warning(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe))
+    changes = ["--set", "packing.sequence_length=512", "--set", "training.micro_batch_size=1"]
+    assert run(["pack-data", str(path), *changes]) == 0
+    said = capfd.readouterr().err
+    assert "packing.sequence_length: 512 is beyond the 256 positions of" in said
+    assert "fine-tune will refuse these rows" in said

@@ -223,13 +223,11 @@ def test_conv1d_layers_are_linear() -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra [qlora]")
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
-def test_qlora_trains_on_a_4_bit_base(tiny_model_folder: Path) -> None:
+def test_qlora_trains_on_a_4_bit_base(model_for_4_bit: Path) -> None:
     adapter = Adapter(type="qlora", r=4)
-    base = load_model(
-        locate_model(Model(name=str(tiny_model_folder))), adapter, torch.float32, torch.device("cpu")
-    ).model
+    base = load_model(locate_model(Model(name=str(model_for_4_bit))), adapter, torch.float32, torch.device("cpu")).model
     model, sentences = attach_adapter(base, adapter, 0)
-    whole = load_model(locate_model(Model(name=str(tiny_model_folder))), None, torch.float32, torch.device("cpu")).model
+    whole = load_model(locate_model(Model(name=str(model_for_4_bit))), None, torch.float32, torch.device("cpu")).model
     share = trained_share(model)
     assert share.total - share.trained == sum(weight.numel() for weight in whole.parameters())  # packed, but counted
     assert sentences[0].startswith("QLoRA: ")

@@ -283,9 +283,9 @@ def test_plain_peft_gives_the_same_logits_from_another_folder(material: Path, tm
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra [qlora]")
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
-def test_a_qlora_result_is_verified_on_a_4_bit_base(tiny_model_folder: Path, tmp_path: Path) -> None:
-    model = trained_model(tiny_model_folder, Adapter(type="qlora", r=4))
-    save(model, tiny_model_folder, tmp_path / "final")
+def test_a_qlora_result_is_verified_on_a_4_bit_base(model_for_4_bit: Path, tmp_path: Path) -> None:
+    model = trained_model(model_for_4_bit, Adapter(type="qlora", r=4))
+    save(model, model_for_4_bit, tmp_path / "final")
     verify_result(tmp_path / "final", model, IDS_T)
     assert "# A QLoRA adapter on" in (tmp_path / "final/README.md").read_text()
 

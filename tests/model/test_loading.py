@@ -513,15 +513,28 @@ def test_a_missing_extra_is_said_before_anything_is_read(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra [qlora]")
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
-def test_a_4_bit_base_computes_with_its_dequantised_weights(folder: Path) -> None:
+def test_a_4_bit_base_computes_with_its_dequantised_weights(model_for_4_bit: Path) -> None:
     import bitsandbytes as bnb
 
-    model = load_model(located(folder), Adapter(type="qlora"), torch.float32, CPU).model
+    model = load_model(located(model_for_4_bit), Adapter(type="qlora"), torch.float32, CPU).model
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, bnb.nn.Linear4bit)
     assert layer.weight.dtype == torch.uint8
-    x_RD = torch.randn(3, 32)
+    x_RD = torch.randn(3, 64)
     weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     torch.testing.assert_close(layer(x_RD), x_RD @ weight.T, rtol=1e-4, atol=1e-5)
-    stored = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    stored = load_file(model_for_4_bit / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert 0 < float((weight - stored).abs().max()) < 0.2 * float(stored.abs().max())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra [qlora]")
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+def test_4_bit_weights_that_are_decoded_wrongly_are_refused(
+    model_for_4_bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes import functional
+
+    right = functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: right(packed, state).flip(0))
+    with pytest.raises(MachineError, match=r"adapter\.type: qlora: .* layers with 64 inputs wrongly on this processor"):
+        load_model(located(model_for_4_bit), Adapter(type="qlora"), torch.float32, CPU)

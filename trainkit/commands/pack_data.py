@@ -20,6 +20,7 @@ from trainkit.data.preparation import default_cache, prepare
 from trainkit.data.row_plan import TOO_LONG
 from trainkit.data.sealed_folder import CONDEMNED, MANIFEST, TEMPORARY_PREFIX
 from trainkit.errors import MachineError, ModelError, Stopped, UsageError
+from trainkit.model.checking import CONFIG_FILE, read_config
 from trainkit.model.loading import load_tokenizer, locate_model
 from trainkit.plotting import check_plot_path, new_figure, save
 
@@ -62,7 +63,11 @@ def pack_data(
     with Console(json_only=json_output) as console:
         clock = StageClock(console.progress)
         with _interruption_said(clock):
-            tokenizer = load_tokenizer(_locate(read))
+            location = _locate(read)
+            beyond = _beyond_positions(location, recipe.packing.sequence_length)
+            if beyond:
+                console.warn(beyond)
+            tokenizer = load_tokenizer(location)
             encoder = Encoder(tokenizer, recipe.data, recipe.packing)
             clock.end("tokenizer")
             root = wanted.output if wanted.output is not None and wanted.form == "store" else default_cache()
@@ -84,6 +89,21 @@ def _locate(read: ReadRecipe) -> ModelLocation:
         if origin != "--tokenizer":
             raise
         raise ModelError(str(error).replace("model.name", origin)) from error
+
+
+def _beyond_positions(location: ModelLocation, sequence_length: int) -> str | None:
+    """What to know where the tokenizer's model cannot be trained on such rows; a tokenizer may lie without a model."""
+    if not (location.folder / CONFIG_FILE).is_file():
+        return None
+    config = read_config(location.folder)
+    text = config.get("text_config") or config
+    positions = text.get("max_position_embeddings")
+    if not isinstance(positions, int) or sequence_length <= positions:
+        return None
+    return (
+        f"packing.sequence_length: {sequence_length:,} is beyond the {positions:,} positions of {location.name} "
+        "(max_position_embeddings): fine-tune will refuse these rows"
+    )
 
 
 @contextmanager

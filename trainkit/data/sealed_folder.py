@@ -404,7 +404,8 @@ def _disk_trouble_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         raise MachineError(
-            f"cannot write packed data in {folder}: {error.strerror}; "
-            "make room, or give another folder (the environment variable TRAINKIT_CACHE, pack-data's --output)"
+            f"cannot write packed data in {folder}: {error.strerror}; {'make room, or ' if full else ''}"
+            "give another folder (the environment variable TRAINKIT_CACHE, pack-data's --output)"
         ) from error

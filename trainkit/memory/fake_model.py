@@ -81,7 +81,8 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     built = depth if full_depth else min(depth, TRACED)
     device = torch.device(scenario.device.kind)
     # The flash-attn package is the same kernel for memory's sake, and cannot be called without a GPU.
-    requested = "varlen" if scenario.attention == "flash_attention_2" else scenario.attention
+    stands_in = scenario.attention == "flash_attention_2" and device.type == "cuda"
+    requested = "varlen" if stands_in else scenario.attention
     attention = choose_attention(requested, device, whole, capability=scenario.device.capability)
     model = _adapted(_base_model(scenario, parse_config(_with_layers(scenario.config, built)), attention), scenario)
     layers = decoder_layers(model)

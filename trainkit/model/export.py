@@ -16,7 +16,7 @@ import torch
 
 from trainkit.errors import DivergedError, ModelError
 from trainkit.model.adapters import trained_share
-from trainkit.model.loading import quantisation, quiet_libraries, stored_dtype
+from trainkit.model.loading import keep_packed_as_stored, quantisation, quiet_libraries, stored_dtype
 from trainkit.model.model_card import CardFacts, model_card
 from trainkit.model.result_folder import new_folder
 
@@ -209,6 +209,7 @@ def load_plainly(
             base = AutoModelForCausalLM.from_pretrained(
                 config.base_model_name_or_path, revision=config.revision, **options
             )
+            keep_packed_as_stored(base)
             return PeftModel.from_pretrained(base, str(folder))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -31,6 +31,7 @@ __all__ = [
     "check_extras",
     "check_model",
     "check_vocabulary",
+    "keep_packed_as_stored",
     "load_model",
     "load_tokenizer",
     "locate_model",
@@ -43,6 +44,9 @@ __all__ = [
 SPARE_TOKEN = re.compile(
     r"pad|reserved|unused|extra_|finetune_right", re.IGNORECASE
 )  # how model makers name tokens without a use
+
+
+LARGEST_MOVE_OF_NF4 = 0.2
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,10 @@ def load_model(
                 f"{location.folder}: cannot be loaded: {str(error).strip().splitlines()[0][:160]}"
             ) from error
     _check_every_weight(location, loading)
-    if not four_bit:
+    if four_bit:
+        keep_packed_as_stored(model)
+        _check_kernels_of_4_bit(model, device)
+    else:
         _check_finite(location, model, dtype)
     model.config.use_cache = False
     model.name_or_path = location.reference  # what peft writes into adapter_config.json
@@ -205,6 +212,39 @@ def quantisation(compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def keep_packed_as_stored(model: torch.nn.Module) -> None:
+    """Leave 4-bit weights in the form they were made in.
+
+    On processors with AVX512-BF16, bitsandbytes (0.50) packs the weights of a layer anew when it first computes without
+    gradients, in place: a layer that is evaluated and trained in turns would find them in one form and then the other,
+    and one with fewer than 64 inputs fails.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _check_kernels_of_4_bit(model: torch.nn.Module, device: torch.device) -> None:
+    """Raise MachineError where 4-bit weights do not come back as what they were made from, up to the rounding of NF4.
+
+    On some processors bitsandbytes (0.50) decodes rows whose length is no multiple of its block of 64 wrongly. NF4's
+    steps are at most 0.31 of a block's largest number wide, so that rounding moves none by more than half of that.
+    """
+    from bitsandbytes import functional, nn
+
+    widths = {module.in_features for module in model.modules() if isinstance(module, nn.Linear4bit)}
+    generator = torch.Generator().manual_seed(0)
+    for width in sorted(widths):
+        made = torch.randn(64, width, generator=generator).to(device)
+        packed, state = functional.quantize_4bit(made, quant_type="nf4", compress_statistics=True)
+        moved = float((functional.dequantize_4bit(packed, state) - made).abs().max() / made.abs().max())
+        if moved > LARGEST_MOVE_OF_NF4:
+            raise MachineError(
+                f"adapter.type: qlora: bitsandbytes decodes 4-bit weights of layers with {width} inputs wrongly on "
+                f"this {'processor' if device.type == 'cpu' else 'GPU'} (numbers move by {moved:.0%}); use lora"
+            )
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
