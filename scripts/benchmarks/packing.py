@@ -267,13 +267,15 @@ def prepare(bench: Bench) -> list[Table]:
         f"A file to packed rows on disk, template and masks included: {examples.name}, rows of 2,048",
         ("rows", "trained", "seconds", "ratio", "memory"),
     )
-    common = {"tokenizer": examples.tokenizer, "sequence_length": 2048}
-    ours = bench.run(OURS, "prepare", examples=str(examples.file), **common)
+    # The same file for all, in the form that TRL takes.
+    file = bench.folder / "prompts-and-completions.jsonl"
+    packing_data.write_prompts_and_completions(examples.file, file)
+    common = {"examples": str(file), "tokenizer": examples.tokenizer, "sequence_length": 2048}
+    ours = bench.run(OURS, "prepare", **common)
     found.lines.append(ours)
     cold = bench.run(
         f"{OURS}, loading gigatoken's tables of the tokenizer",
         "prepare",
-        examples=str(examples.file),
         loading=True,
         **common,
     )
@@ -281,20 +283,17 @@ def prepare(bench: Bench) -> list[Table]:
     if not bench.version(TRL):
         found.lines.append(_not_installed("TRL", TRL.folder))
         return [found]
-    theirs = bench.folder / "prompts-and-completions.jsonl"
-    packing_data.write_prompts_and_completions(examples.file, theirs)
     for processes in (None, CORES):
         found.lines.append(
             bench.run(
                 "TRL, SFTTrainer's preparation" + (f", {processes} processes" if processes else ""),
                 "trl_prepare",
                 peers=str(bench.peers),
-                examples=str(theirs),
                 processes=processes,
                 **common,
             )
         )
-    bench.run_again(ours, "prepare", examples=str(examples.file), **common)
+    bench.run_again(ours, "prepare", **common)
     return [found]
 
 

@@ -120,7 +120,7 @@ class TokenBytes:
     """
 
     blob: NDArray[np.uint8]
-    begins_V: NDArray[np.int64]
+    begins_V: NDArray[np.int32]
     lengths_V: NDArray[np.int32]
     space_before: bool
 
@@ -142,7 +142,7 @@ class TokenBytes:
         for number in added:
             texts[number] = ""
         blob, lengths_V = spell(texts)
-        begins_V = np.cumsum(lengths_V, dtype=np.int64) - lengths_V
+        begins_V = np.cumsum(lengths_V, dtype=np.int32) - lengths_V
         for number, content in added.items():
             begins_V[number], lengths_V[number] = len(blob), len(content)
             blob += content
@@ -154,9 +154,11 @@ class TokenBytes:
         for first in range(0, ids_K.size, SPELLED_AT_ONCE):
             part_K = ids_K[first : first + SPELLED_AT_ONCE]
             lengths_K = self.lengths_V[part_K]
-            ends_K = np.cumsum(lengths_K, dtype=np.int64)
+            ends_K = np.cumsum(lengths_K, dtype=np.int32)  # a part, and a vocabulary, have less than 2 GiB
             shift_K = self.begins_V[part_K] - (ends_K - lengths_K)
-            parts.append(self.blob[np.arange(int(ends_K[-1])) + np.repeat(shift_K, lengths_K)].tobytes())
+            at = np.repeat(shift_K, lengths_K)
+            at += np.arange(at.size, dtype=np.int32)
+            parts.append(self.blob[at].tobytes())
         return b"".join(parts)
 
 
