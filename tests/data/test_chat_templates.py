@@ -49,6 +49,13 @@ def test_loops_keep_all_that_jinja_offers_in_them() -> None:
     assert rendered(text) == "1/2False;2/2Trueuser;rolecontent"
 
 
+def test_the_day_is_not_to_be_had() -> None:
+    text = "{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}{{ messages[0].content }}"
+    assert rendered(text) == "26 Jul 2024Hello"
+    with pytest.raises(TemplateProblem, match="'strftime_now' is undefined"):
+        rendered("{{ strftime_now('%d %b %Y') }}")
+
+
 def test_generation_markers_change_nothing() -> None:
     assert rendered("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "Hello"
 

@@ -40,7 +40,6 @@ PLACING = [
     f"{FOR}{{% if m.role == 'x' %}}{{{{ raise_exception(m.content) }}}}{{% endif %}}{{{{ m.content }}}}{END}",
 ]
 LOOKING = [
-    f"{{{{ strftime_now('%d') }}}}{FOR}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if 'x' in m.content %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if m.content.startswith('x') %}}y{{% endif %}}{{{{ m.content }}}}{END}",
     f"{FOR}{{% if m.content == 'x' %}}y{{% endif %}}{{{{ m.content }}}}{END}",

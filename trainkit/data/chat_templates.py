@@ -199,6 +199,8 @@ def _compile(text: str, watch: _Watch) -> tuple[jinja2.Template, bool]:
         return plain_call(context, function, *args, **kwargs)
 
     sandbox.call = call
+    # The day on which rows are made must not show in them; templates that can do without it have a date of their own.
+    sandbox.globals = {name: value for name, value in sandbox.globals.items() if name != "strftime_now"}
     sandbox.unsafe_undefined = _out_of_bounds
     sandbox.intercepted_binops = frozenset({"*", "**"})
     sandbox.call_binop = partial(_bounded, sandbox.binop_table)

@@ -47,10 +47,6 @@ def only_places_texts(tree: nodes.Template) -> bool:
     >>> only_places_texts(parse("{% for m in messages %}{% if 'x' in m.content %}y{% endif %}{% endfor %}"))
     False
     """
-    from jinja2 import nodes
-
-    if any(name.name == "strftime_now" for name in tree.find_all(nodes.Name)):
-        return False  # what is known of a shape would be of the day that it was learned on
     if not (_asks_loops_for_counts_alone(tree) and _raises_where_it_says_so(tree) and _adds_texts_as_they_are(tree)):
         return False
     reading = _Reading()
