@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from bisect import bisect_right
 from dataclasses import replace
 from types import SimpleNamespace
@@ -272,6 +274,35 @@ def test_experts_can_be_traced() -> None:
     assert found.engine == "trace"
     experts = 3 * 4 * 3 * 128 * 256
     assert experts < found.parameters < 1.5 * experts
+
+
+@pytest.mark.parametrize("kind", [{"model_type": "mixtral", "num_local_experts": 4}, {"model_type": "qwen3_moe"}])
+def test_a_model_of_experts_is_refused_with_a_way_out_that_works(kind: dict[str, Any]) -> None:
+    config = SMALL | {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 32} | kind
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    with pytest.raises(ModelError, match=r"experts' kernel takes bf16 alone.*target_modules: \[q_proj, k_proj, v_proj"):
+        estimate(replace(ON_GPU, config=config))
+    with pytest.raises(UsageError, match=r"set adapter.target_modules: \[q_proj, k_proj, v_proj, o_proj\]"):
+        estimate(replace(ON_GPU, config=config, adapter=LORA))
+    found = estimate(replace(ON_GPU, config=config, adapter=Adapter(r=8, target_modules=names)))
+    assert found.trainable_parameters == 3 * 8 * (4 * 128 + 2 * 128 + 2 * 64)
+
+
+def test_falcon_is_refused_without_advice_that_cannot_help() -> None:
+    falcon = {"model_type": "falcon", "num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 4}
+    with pytest.raises(ModelError, match="does not let its attention be replaced; train another model"):
+        estimate(replace(ON_GPU, config=falcon, attention="eager"))
+
+
+def test_nothing_is_said_of_kernels_that_could_be_downloaded() -> None:
+    program = """
+from trainkit.model.loading import quiet_libraries
+with quiet_libraries():
+    import peft
+import bitsandbytes
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stderr == ""
 
 
 def test_a_capped_head_is_not_taken_apart_from_its_model() -> None:

@@ -264,5 +264,8 @@ def test_modules_that_peft_would_choose_itself_are_refused() -> None:
         qk_rope_head_dim=8,
         v_head_dim=8,
     )
-    with pytest.raises(UsageError, match="peft has a rule of its own for DeepseekV2ForCausalLM"):
+    with pytest.raises(UsageError, match="peft has a rule of its own for DeepseekV2ForCausalLM") as caught:
         attach_adapter(DeepseekV2ForCausalLM(config), Adapter(r=2), seed=0)
+    names = ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    assert str(caught.value).endswith(f"set adapter.target_modules: [{', '.join(names)}]")
+    attach_adapter(DeepseekV2ForCausalLM(config), Adapter(r=2, target_modules=names), seed=0)

@@ -24,6 +24,7 @@ from trainkit.memory.fake_optimizer import make_state, optimizer_of, state_tenso
 from trainkit.memory.scenario import AMPERE
 from trainkit.memory.sharding import pretended_processes, shard_fully
 from trainkit.memory.tracker import Tracker
+from trainkit.model.adapters import attention_targets
 from trainkit.model.loss import CHUNK_TOKENS, HeadPath, LossModel
 from trainkit.model.precision import make_scaler, types_of
 from trainkit.training.step import training_step
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 1e-4  # some number; it takes no memory
 MAX_GRAD_NORM = 1.0
+_BF16_ALONE = "Expected inputs of BF16 type"  # what torch's grouped matrix product says of others
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ def _traced(scenario: Scenario, model: FakeModel) -> EventLog:
     except Exception as error:  # models do what they like; what cannot be traced is said, with the reason
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         name = type(model.model).__name__
+        if scenario.adapter is None and reason.startswith(_BF16_ALONE):
+            names = ", ".join(attention_targets(model.model))
+            raise ModelError(
+                f"{name}: its experts' kernel takes bf16 alone, and full fine-tuning keeps fp32 weights; set adapter: "
+                f"{{type: lora, target_modules: [{names}]}}"
+            ) from error
         raise ModelError(f"{name}: its step cannot be traced: {type(error).__name__}: {reason}") from error
 
 

@@ -78,7 +78,8 @@ def attach_adapter(
     if adapter is None:
         model.requires_grad_(requires_grad=True)
         return model, (f"full fine-tuning: {trained_share(model).sentence()}",)
-    from peft import get_peft_model
+    with quiet_libraries():
+        from peft import get_peft_model
 
     config, targets = _lora_config(model, adapter)
     device = next(model.parameters()).device
@@ -89,9 +90,11 @@ def attach_adapter(
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
             raise UsageError(f"adapter: peft refuses it: {str(error).strip().splitlines()[0][:160]}") from error
     if others := sorted(_adapted_names(adapted) ^ set(targets)):
+        names = ", ".join(attention_targets(model))
+        way_out = f"set adapter.target_modules: [{names}]" if names else "train another model, or every weight"
         raise UsageError(
             f"adapter.target_modules: peft has a rule of its own for {type(model).__name__} and does not adapt what is "
-            f"asked ({others[0]}); train another model, or every weight"
+            f"asked ({others[0]}); {way_out}"
         )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -155,7 +158,8 @@ def trained_tensor_names(model: PeftModel) -> frozenset[str]:
 
 def _lora_config(model: PreTrainedModel, adapter: Adapter) -> tuple[LoraConfig, dict[str, nn.Module]]:
     """The configuration for peft, and the modules that will get an adapter."""
-    from peft import LoraConfig
+    with quiet_libraries():
+        from peft import LoraConfig
 
     modules = {name: module for name, module in model.named_modules() if name}
     saved = _resolve("adapter.modules_to_save", adapter.modules_to_save, modules)
@@ -212,6 +216,15 @@ def _targets(
     if not chosen and not saved:
         raise UsageError("adapter: exclude_modules leaves no module to adapt, so nothing would be trained")
     return chosen
+
+
+def attention_targets(model: nn.Module) -> list[str]:
+    """Endings of the linear layers within attention, in their order; experts and routers are not among them."""
+    linear = (
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
+    )
+    owners = (name.removesuffix(".base_layer") for name in linear)
+    return list(dict.fromkeys(_ending(name) for name in owners if _ending(name.rpartition(".")[0]).endswith("attn")))
 
 
 def _resolve(key: str, entries: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -140,7 +140,8 @@ def install_attention(model: PreTrainedModel | PeftModel, choice: AttentionChoic
         raise ModelError(f"{type(base).__name__} has no attention {choice.name}; set model.attention: eager") from error
     installed = base.config.get_text_config()._attn_implementation  # noqa: SLF001 - its only name
     if installed != choice.implementation:
-        raise ModelError(f"{type(base).__name__} does not let its attention be replaced; set model.attention: eager")
+        way_out = "train another model" if choice.name == "eager" else "set model.attention: eager"
+        raise ModelError(f"{type(base).__name__} does not let its attention be replaced; {way_out}")
 
 
 @contextmanager

@@ -143,9 +143,9 @@ def write_adapter(model: PeftModel, folder: Path, location: ModelLocation) -> No
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """The trained tensors under the names of peft's file format, on the CPU; no base weight is among them."""
-    from peft import get_peft_model_state_dict
-
     with quiet_libraries():
+        from peft import get_peft_model_state_dict
+
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     # clone: tied tensors share memory, which safetensors refuses
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
@@ -193,7 +193,8 @@ def load_plainly(
     folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bool = False
 ) -> PeftModel | PreTrainedModel:
     """A result as somebody without trainkit loads it. Raises ModelError when it cannot be loaded."""
-    from peft import PeftConfig, PeftModel
+    with quiet_libraries():
+        from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}

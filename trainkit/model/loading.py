@@ -10,6 +10,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,18 +76,25 @@ def check_extras(recipe: Recipe) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep transformers and peft from writing to the terminal; what matters of it is checked and said by us."""
+    """Keep transformers, peft and what peft imports from writing to the terminal; what matters of it we check and say.
+
+    An import of peft belongs inside: it imports bitsandbytes, which warns of faster kernels that could be downloaded.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    four_bit = getLogger("bitsandbytes")
+    four_bit_level = four_bit.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    four_bit.setLevel(ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
+        four_bit.setLevel(four_bit_level)
         if bars:
             logging.enable_progress_bar()
 

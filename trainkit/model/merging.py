@@ -177,9 +177,9 @@ def _base_of(final: Path) -> ModelLocation:
 
 
 def _attach(base: PreTrainedModel, final: Path) -> PeftModel:
-    from peft import PeftModel
-
     with quiet_libraries():
+        from peft import PeftModel
+
         try:
             return PeftModel.from_pretrained(base, str(final)).eval()
         except Exception as error:  # safetensors, peft and torch each raise their own
