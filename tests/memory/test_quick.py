@@ -13,11 +13,12 @@ import pytest
 import trainkit.memory
 from trainkit.memory import quick
 from trainkit.memory.estimate import estimate, quick_peak_bytes
-from trainkit.memory.quick import LogKey, all_keys, covers, key_of
+from trainkit.memory.families import FAMILIES
+from trainkit.memory.models import known_models
+from trainkit.memory.quick import LogFile, LogKey, all_files, covers, key_of, stored_lines
 from trainkit.memory.recording import record
 from trainkit.memory.replay import CUDA_BLOCK_BYTES
 from trainkit.memory.scenario import Device, Scenario
-from trainkit.memory.symbolic_log import SymbolicLog
 from trainkit.model.loss import _PLAIN_LOGITS, CHUNK_TOKENS
 from trainkit.recipe.schema import Adapter
 
@@ -34,6 +35,7 @@ LLAMA: dict[str, Any] = {
 MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 512}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 8}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 64}
+GEMMA = dict(known_models()["gemma-7b"].config)
 FULL = Scenario(config=LLAMA, sequence_length=2048)
 COVERED = {
     "llama": FULL,
@@ -53,9 +55,50 @@ COVERED = {
 }
 
 
+def with_eight_layers(name: str) -> dict[str, Any]:
+    """A known model's configuration, less deep, so that all of it is soon traced."""
+    config = known_models()[name].config
+    return {**config, "num_hidden_layers": 8}
+
+
+# One known model of each further family.
+FAMILY_MODELS = {
+    "gemma": "gemma-7b",
+    "granite": "granite-3.1-8b",
+    "olmo": "olmo-1b",
+    "olmo-untied": "olmo-7b",
+    "olmo2": "olmo-2-7b",
+}
+WAYS = {
+    "full": {"micro_batches": 2},
+    "lora": {"adapter": Adapter(r=8), "activation_checkpointing": True, "micro_batch_size": 3},
+    "qlora": {"adapter": Adapter(type="qlora", r=16), "sequence_length": 1800},
+}
+
+
 @pytest.mark.parametrize("case", COVERED)
 def test_the_recorded_answer_is_the_traced_one(case: str) -> None:
-    scenario = COVERED[case]
+    assert_recorded_is_traced(COVERED[case])
+
+
+FAST = {("gemma", "lora"), ("olmo2", "qlora"), ("granite", "full")}
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        pytest.param(family, way, marks=() if (family, way) in FAST else pytest.mark.long)
+        for family in FAMILY_MODELS
+        for way in WAYS
+    ],
+)
+def test_every_further_family_answers_as_its_trace(family: str, way: str) -> None:
+    config = with_eight_layers(FAMILY_MODELS[family])
+    base = Scenario(config=config, sequence_length=1024)
+    assert_recorded_is_traced(replace(base, **WAYS[way]))  # type: ignore[arg-type]
+
+
+def assert_recorded_is_traced(scenario: Scenario) -> None:
     recorded, traced = estimate(scenario), estimate(scenario, exact=True)
     assert (recorded.engine, traced.engine) == ("quick", "trace")
     for name in ("parameters", "trainable_parameters", "peak_allocated_bytes", "peak_reserved_bytes", "peak_place"):
@@ -67,24 +110,46 @@ def test_the_recorded_answer_is_the_traced_one(case: str) -> None:
     assert quick_peak_bytes(scenario) == recorded.peak_allocated_bytes
 
 
+def test_counts_of_known_models_are_exact() -> None:
+    covered = 0
+    for model in known_models().values():
+        scenario = Scenario(config=model.config, sequence_length=1024)
+        if covers(scenario):
+            covered += 1
+            assert quick.quick_counts(scenario)[0] == model.parameters, model.name
+    assert covered >= 40
+
+
 def assert_current(key: LogKey) -> None:
-    stored = SymbolicLog.from_bytes((LOGS / key.file_name).read_bytes())
-    assert stored == SymbolicLog.from_bytes(record(key).to_bytes()), "run scripts/record_memory_logs"
+    line = stored_lines(key.file)[key.file.logs().index(key)]
+    assert line == record(key).to_line(), "run scripts/record_memory_logs"
 
 
 def test_a_stored_log_is_what_a_trace_records_today() -> None:
-    assert_current(LogKey("llama", tied=False, method="lora", checkpointed=True, accumulates=False, one_chunk=False))
+    file = LogFile("llama", tied=False, method="lora")
+    assert_current(LogKey(file, checkpointed=True, accumulates=False, one_chunk=False))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.file_name)
-def test_every_stored_log_is_what_a_trace_records_today(key: LogKey) -> None:
-    assert_current(key)
+@pytest.mark.parametrize("file", list(all_files()), ids=lambda file: file.name)
+def test_every_stored_log_is_what_a_trace_records_today(file: LogFile) -> None:
+    for key in file.logs():
+        assert_current(key)
 
 
 def test_no_other_logs_are_stored() -> None:
-    stored = {path.name for path in (LOGS).iterdir()}
-    assert stored == {key.file_name for key in all_keys()}
+    stored = {path.name for path in LOGS.iterdir()}
+    assert stored == {file.name for file in all_files()}
+    assert sum(path.stat().st_size for path in LOGS.iterdir()) < 3 * 2**20
+
+
+def test_every_family_is_tried_against_its_trace() -> None:
+    tried = {key_of(scenario).file.family for scenario in COVERED.values()}
+    tried |= {
+        key_of(Scenario(config=with_eight_layers(name), sequence_length=1024)).file.family
+        for name in FAMILY_MODELS.values()
+    }
+    assert tried == {family.name for family in FAMILIES}
 
 
 def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
@@ -95,7 +160,10 @@ def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        replace(FULL, config={**LLAMA, "model_type": "gemma"}),
+        replace(FULL, config={**LLAMA, "some_new_key": 1}),
+        replace(FULL, adapter=Adapter(type="qlora"), sequence_length=1024),
+        replace(FULL, config=known_models()["gemma-3-1b"].config),
+        replace(FULL, config={**GEMMA, "hidden_activation": "relu"}),
         replace(FULL, config={**LLAMA, "attention_bias": True}),
         replace(FULL, config={**LLAMA, "hidden_act": "gelu"}),
         replace(FULL, config={**LLAMA, "rope_scaling": {"rope_type": "longrope"}}),

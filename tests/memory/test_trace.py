@@ -19,7 +19,7 @@ from trainkit.memory.allocator import peak_reserved_bytes
 from trainkit.memory.device_look import cuda_scratch
 from trainkit.memory.estimate import PARTS, estimate
 from trainkit.memory.event_log import Axis, EventLog, Kind, unfold
-from trainkit.memory.fake_model import equal_layers, fake_model, parse_config
+from trainkit.memory.fake_model import fake_model, parse_config, period_of
 from trainkit.memory.replay import highest_moments, peak_of_folded
 from trainkit.memory.scenario import Device, Scenario
 from trainkit.memory.trace import make_batch_of, step_log
@@ -217,6 +217,23 @@ def test_four_layers_unfold_to_the_trace_of_seven(scenario: Scenario) -> None:
     assert peak_reserved_bytes(unfolded) == peak_reserved_bytes(seven)
 
 
+@pytest.mark.parametrize("depth", [10, pytest.param(11, marks=pytest.mark.long)])
+def test_units_of_two_kinds_of_layers_unfold_to_the_trace_of_all(depth: int) -> None:
+    kinds = ["sliding_attention", "full_attention"] * depth
+    config = {**SMALL, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}
+    config |= {"num_hidden_layers": depth, "layer_types": kinds[:depth]}
+    scenario = replace(ON_GPU, config=config, attention="eager", adapter=LORA)
+    few = fake_model(scenario, full_depth=False, period=2)
+    assert len(few.layers) == 8 + depth % 2
+    all_layers = fake_model(scenario, full_depth=True)
+    unfolded, expected = unfold(step_log(scenario, few), few.units, period=2), step_log(scenario, all_layers)
+    peaks = [max(moment.allocated_bytes for moment in highest_moments(log)) for log in (unfolded, expected)]
+    assert peaks[0] == peaks[1]
+    assert set(unfolded.moments) == set(expected.moments)
+    assert peak_reserved_bytes(unfolded) == peak_reserved_bytes(expected)
+    assert (few.parameters, few.trainable_parameters) == (all_layers.parameters, all_layers.trainable_parameters)
+
+
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_four_chunks_of_the_loss_unfold_to_any_number(adapter: Adapter | None) -> None:
     def traced(count: int) -> EventLog:
@@ -261,8 +278,9 @@ def test_layers_of_several_kinds_are_traced_one_by_one() -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
     mixed = {**SMALL, "model_type": "qwen2", "num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 16}
     mixed |= {"use_sliding_window": True}
-    assert not equal_layers(mixed)
-    assert equal_layers(with_layers(ON_GPU, 6).config)
+    assert period_of({**mixed, "num_hidden_layers": 9, "layer_types": [kinds[0], *kinds, *kinds[:2]]}) == 2
+    assert period_of(mixed) is None  # too few to repeat
+    assert period_of(with_layers(ON_GPU, 6).config) == 1
     found = estimate(replace(PLAIN, config=mixed, attention="eager"))
     assert found.engine == "trace"
     assert {point.place for point in found.timeline} >= {f"layer {index}" for index in range(6)}

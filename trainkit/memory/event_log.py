@@ -8,6 +8,8 @@ Every event belongs to a layer or to none. Events of one layer that follow each 
 Stretches of the two middle layers lie side by side: up (1, 2) in the forward pass and in the optimizer's lists, down
 (2, 1) in the backward pass. Between the two the copies are put in.
 
+Where kinds of layers alternate, a unit is several layers, as many as come again and again; the label is the unit's.
+
 The chunks of the loss repeat in the same way, so a log has two axes. A chunk's label is negative: -1 is the first.
 """
 
@@ -90,13 +92,14 @@ class NotPeriodicError(Exception):
     """The middle units do not do the same: such a model has to be traced with all of them."""
 
 
-def unfold(log: EventLog, count: int, axis: Axis = Axis.LAYER) -> EventLog:
+def unfold(log: EventLog, count: int, axis: Axis = Axis.LAYER, period: int = 1) -> EventLog:
     """The log of the same step with ``count`` units on an axis, of which it has :data:`TRACED` (or none).
 
-    ``count`` is at least 2. Raises NotPeriodicError where the two middle units differ.
+    ``count`` is at least 2. A unit is ``period`` layers, which moments count one by one. Raises NotPeriodicError where
+    the two middle units differ.
     """
     assert count >= 2
-    return log if count == TRACED else _Unfolding(log, count, axis).result()
+    return log if count == TRACED else _Unfolding(log, count, axis, period).result()
 
 
 def with_buckets(log: EventLog, size: int, part: str) -> EventLog:
@@ -136,9 +139,10 @@ def pairs(cut: Sequence[Sequence[Event]], axis: Axis) -> dict[int, bool]:
 class _Unfolding:
     """One run of :func:`unfold`."""
 
-    def __init__(self, log: EventLog, count: int, axis: Axis) -> None:
+    def __init__(self, log: EventLog, count: int, axis: Axis, period: int) -> None:
         self.log = log
         self.axis = axis
+        self.period = period
         self.count = count
         self.last_middle = count - 2
         self.moments = {moment: index for index, moment in enumerate(log.moments)}
@@ -255,9 +259,12 @@ class _Unfolding:
         raise NotPeriodicError  # it dies in a unit and belongs to none
 
     def _moment(self, event: Event, traced: int, unit: int) -> Event:
-        """A moment in a unit, under the unit's own number."""
+        """A moment in a unit, under its own number."""
         phase, place = self.log.moments[event.subject]
-        moment = (phase, place.replace(self.axis.place(traced), self.axis.place(unit)))
+        name, _, own = place.rpartition(" ")
+        if self.axis.place(0).startswith(f"{name} ") and own.isdecimal():
+            place = f"{name} {int(own) + self.period * (unit - traced)}"
+        moment = (phase, place)
         number = self.moments.setdefault(moment, len(self.moments))
         return Event(Kind.MOMENT, number, self.axis.label(unit))
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _SEED = 0  # weights without values need no better
+_LONGEST_PERIOD = 6  # Gemma 3: five local layers, a global one
 _NUMBERING = ("layer_idx", "layer_id")  # what a layer knows of its place
 
 
@@ -37,7 +38,8 @@ _NUMBERING = ("layer_idx", "layer_id")  # what a layer knows of its place
 class FakeModel:
     """A model whose tensors are fake, and what is known of the real one.
 
-    ``depth`` is the real number of layers; ``layers`` are those that were built.
+    ``depth`` is the real number of layers; ``layers`` are those that were built. ``period`` of them are a unit, which
+    repeats; the first unit has the odd layers besides.
     """
 
     model: Any
@@ -47,6 +49,25 @@ class FakeModel:
     depth: int
     parameters: int
     trainable_parameters: int
+    period: int = 1
+
+    @property
+    def units(self) -> int:
+        """How often a unit repeats in the whole depth."""
+        return self.depth // self.period
+
+    def unit_of(self, index: int) -> int:
+        """The unit of a layer."""
+        return unit_of(index, self.depth, self.period)
+
+
+def unit_of(index: int, depth: int, period: int) -> int:
+    """The unit of a layer, where the layers that are left over are the first.
+
+    >>> [unit_of(index, depth=7, period=3) for index in range(7)]
+    [0, 0, 0, 0, 1, 1, 1]
+    """
+    return max(0, index - depth % period) // period
 
 
 def parse_config(config: Mapping[str, Any]) -> Any:
@@ -71,14 +92,14 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     return parsed
 
 
-def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
-    """The model of a scenario; with :data:`TRACED` layers unless ``full_depth`` or it has fewer.
+def fake_model(scenario: Scenario, *, full_depth: bool, period: int = 1) -> FakeModel:
+    """The model of a scenario; with :data:`TRACED` units of ``period`` layers unless ``full_depth`` or it has fewer.
 
     Raises ModelError where it cannot be built, UsageError for an adapter that does not fit it.
     """
     whole = parse_config(scenario.config)
     depth = whole.get_text_config().num_hidden_layers
-    built = depth if full_depth else min(depth, TRACED)
+    built = depth if full_depth else min(depth, TRACED * period + depth % period)
     device = torch.device(scenario.device.kind)
     # The flash-attn package is the same kernel for memory's sake, and cannot be called without a GPU.
     stands_in = scenario.attention == "flash_attention_2" and device.type == "cuda"
@@ -88,8 +109,8 @@ def fake_model(scenario: Scenario, *, full_depth: bool) -> FakeModel:
     layers = decoder_layers(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
-    total, trained = _counts(model, layers, depth)
-    return FakeModel(model, attention, mode, layers, depth, total, trained)
+    total, trained = _counts(model, layers, depth, period)
+    return FakeModel(model, attention, mode, layers, depth, total, trained, period)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -104,20 +125,27 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def layer_of_tensors(layers: nn.ModuleList) -> dict[int, int]:
-    """Which layer a parameter or a buffer belongs to, by its identity."""
+def unit_of_tensors(model: FakeModel) -> dict[int, int]:
+    """Which unit a parameter or a buffer belongs to, by its identity."""
     return {
-        id(tensor): index for index, layer in enumerate(layers) for tensor in (*layer.parameters(), *layer.buffers())
+        id(tensor): model.unit_of(index)
+        for index, layer in enumerate(model.layers)
+        for tensor in (*layer.parameters(), *layer.buffers())
     }
 
 
-def equal_layers(config: Mapping[str, Any]) -> bool:
-    """Whether all layers of the model are of one kind: the same modules, shapes and settings.
+def period_of(config: Mapping[str, Any]) -> int | None:
+    """After how many layers the same kinds of layers come again: 1 where all are of one kind; None where it is never.
 
-    Then any few of them stand for all.
+    Layers are of one kind that have the same modules, shapes and settings. The first unit may differ from the others.
     """
     model = _on_meta(parse_config(config), torch.float32, None)
-    return len({_signature(layer) for layer in decoder_layers(model)}) == 1
+    kinds = [_signature(layer) for layer in decoder_layers(model)]
+    for period in range(1, min(_LONGEST_PERIOD, max(1, len(kinds) // TRACED)) + 1):
+        first = period + len(kinds) % period
+        if all(one == other for one, other in zip(kinds[first:], kinds[first + period :], strict=False)):
+            return period
+    return None
 
 
 def _signature(layer: nn.Module) -> tuple[Any, ...]:
@@ -233,13 +261,14 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
 
 
-def _counts(model: nn.Module, layers: nn.ModuleList, depth: int) -> tuple[int, int]:
-    """Parameters and trained parameters of the whole depth: each layer beyond those built is like the last but one."""
+def _counts(model: nn.Module, layers: nn.ModuleList, depth: int, period: int) -> tuple[int, int]:
+    """Parameters and trained parameters of the whole depth: each unit beyond those built is like the last but one."""
     total = Counter(trained_counts(model))
     if depth != len(layers):
-        middle = Counter(trained_counts(layers[-2]))
-        for name, count in middle.items():
-            total[name] += (depth - len(layers)) * count
+        more = (depth - len(layers)) // period
+        for layer in layers[-2 * period : -period]:
+            for name, count in trained_counts(layer).items():
+                total[name] += more * count
     return total["own"], total["trained"]
 
 

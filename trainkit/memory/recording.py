@@ -5,14 +5,17 @@ The number of bytes of a piece of memory then says of which dimensions it is the
 
 from __future__ import annotations
 
+from collections import Counter
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from trainkit.memory.device_look import cuda_scratch
-from trainkit.memory.event_log import Kind
-from trainkit.memory.fake_model import fake_model
+from trainkit.memory.event_log import TRACED, Kind
+from trainkit.memory.fake_model import FakeModel, fake_model
+from trainkit.memory.families import FAMILIES, Shape, recorded_config
+from trainkit.memory.four_bit import FourBitLinear
 from trainkit.memory.scenario import Scenario
-from trainkit.memory.symbolic_log import Dimensions, SymbolicLog
+from trainkit.memory.symbolic_log import Dimensions, ParameterCount, SymbolicLog
 from trainkit.memory.trace import step_log
 from trainkit.recipe.schema import Adapter
 
@@ -32,13 +35,14 @@ _TAGS = Dimensions(
     rank=71,
     chunk=61,
     last_chunk=127,
+    fused_heads=7,
 )
 # Factors of two let heads be as wide as kernels want, and packed weights fill whole blocks.
 _ROWS, _TOKENS, _CHUNK = 37, 41 * 128, 61 * 1000
 _RECORDED = Dimensions(
     rows=_ROWS,
     tokens=_TOKENS,
-    key_value_heads=43,
+    key_value_heads=43 * 16,
     queries_per_key=47,
     hidden=53 * 2048 * 43 * 47,  # a multiple of the heads, which config classes ask for; so it is looked for first
     intermediate=59 * 2048,
@@ -47,6 +51,7 @@ _RECORDED = Dimensions(
     rank=71,
     chunk=_CHUNK,
     last_chunk=_ROWS * _TOKENS - 3 * _CHUNK,
+    fused_heads=47 + 2,  # 7 x 7
 )
 _SMALL_BYTES = 2**16  # what is no product of dimensions and smaller than this counts as a constant
 _SCRATCH_MARK = 2**60
@@ -66,37 +71,57 @@ def record(key: LogKey) -> SymbolicLog:
 
     scenario = scenario_to_record(key)
     model = fake_model(scenario, full_depth=True)
+    numbers = _numbers(model)
     chunk_tokens = scenario.tokens if key.one_chunk else _CHUNK
-    return _decoded(step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls)
+    return _decoded(step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls, numbers)
 
 
 def scenario_to_record(key: LogKey) -> Scenario:
     """A step of four layers and, unless it is in one, four chunks, of which the last is the shortest."""
     dimensions = _RECORDED
+    family = next(family for family in FAMILIES if family.name == key.file.family)
     heads = dimensions.key_value_heads * dimensions.queries_per_key
-    config = {
-        "model_type": key.family,
-        "vocab_size": dimensions.vocabulary,
-        "hidden_size": dimensions.hidden,
-        "intermediate_size": dimensions.intermediate,
-        "num_hidden_layers": 4,
-        "num_attention_heads": heads,
-        "num_key_value_heads": dimensions.key_value_heads,
-        "head_dim": dimensions.head_width,
-        "max_position_embeddings": dimensions.tokens,
-        "tie_word_embeddings": key.tied,
-    }
+    shape = Shape(
+        layers=TRACED,
+        hidden=dimensions.hidden if family.free_width else heads * dimensions.head_width,
+        intermediate=dimensions.intermediate,
+        heads=heads,
+        key_value_heads=dimensions.key_value_heads,
+        head_width=dimensions.head_width,
+        vocabulary=dimensions.vocabulary,
+    )
     return Scenario(
-        config=config,
+        config=recorded_config(family, shape, tied=key.file.tied, positions=dimensions.tokens),
         sequence_length=dimensions.tokens,
         micro_batch_size=dimensions.rows,
         micro_batches=2 if key.accumulates else 1,
-        adapter=None if key.method == "full" else Adapter(type=key.method, r=dimensions.rank),
+        adapter=None if key.file.method == "full" else Adapter(type=key.file.method, r=dimensions.rank),
         activation_checkpointing=key.checkpointed,
     )
 
 
-def _decoded(log: EventLog, calls: list[tuple[str, tuple[int, ...]]]) -> SymbolicLog:
+def _numbers(model: FakeModel) -> Counter[tuple[int, bool, bool, bool]]:
+    """How many parameters there are of each (numbers, within layers, trains, added by the adapter)."""
+    packed = {
+        id(module.weight): module.in_features * module.out_features
+        for module in model.model.modules()
+        if isinstance(module, FourBitLinear)
+    }
+    in_layers = {id(parameter) for parameter in model.layers.parameters()}
+    return Counter(
+        (
+            packed.get(id(parameter), parameter.numel()),
+            id(parameter) in in_layers,
+            parameter.requires_grad,
+            "lora_" in name,
+        )
+        for name, parameter in model.model.named_parameters()
+    )
+
+
+def _decoded(
+    log: EventLog, calls: list[tuple[str, tuple[int, ...]]], numbers: Counter[tuple[int, bool, bool, bool]]
+) -> SymbolicLog:
     sizes: dict[tuple[int, ...], int] = {}
 
     def index(number: int) -> int:
@@ -108,7 +133,11 @@ def _decoded(log: EventLog, calls: list[tuple[str, tuple[int, ...]]]) -> Symboli
         for event in log.events
     ]
     scratch = [(name, [index(number) for number in numbers]) for name, numbers in calls]
-    return SymbolicLog(list(sizes), scratch, allocations, events, log.moments)
+    parameters = [
+        ParameterCount(index(size), count // TRACED * inside, count * (not inside), trains, added)
+        for (size, inside, trains, added), count in sorted(numbers.items())
+    ]
+    return SymbolicLog(list(sizes), scratch, allocations, events, log.moments, parameters)
 
 
 def _factors(number: int) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ recorded log serves every model of a family. ``sizes`` holds (numerator, denomin
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +32,17 @@ class Dimensions(NamedTuple):
     rank: int
     chunk: int
     last_chunk: int
+    fused_heads: int  # of a layer that makes queries, keys and values at once: queries per key, and two
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of one size: how many in each layer, how many besides, and whether they train or are an adapter's."""
+
+    size: int
+    in_a_layer: int
+    besides: int
+    trains: bool
+    added: bool
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class SymbolicLog:
     allocations: Sequence[Allocation]
     events: Sequence[Event]
     moments: Sequence[tuple[str, str]]
+    parameters: Sequence[ParameterCount]
 
     def at(self, dimensions: Dimensions) -> EventLog:
         """The log of a model with these dimensions; the scratch of kernels stands behind the other sizes."""
@@ -56,8 +67,17 @@ class SymbolicLog:
         ]
         return EventLog(list(self.allocations), events, products + kernels, list(self.moments))
 
-    def to_bytes(self) -> bytes:
-        """Compressed JSON; the same log gives the same bytes."""
+    def counts(self, dimensions: Dimensions, layers: int) -> tuple[int, int]:
+        """Parameters of a model with these dimensions (without adapters), and trained parameters."""
+        own = trained = 0
+        for found in self.parameters:
+            numbers = _product(self.sizes[found.size], dimensions) * (found.in_a_layer * layers + found.besides)
+            own += 0 if found.added else numbers
+            trained += numbers if found.trains else 0
+        return own, trained
+
+    def to_line(self) -> bytes:
+        """A line of JSON; the same log gives the same bytes."""
         parts = sorted({allocation.part for allocation in self.allocations})
         content = {
             "sizes": self.sizes,
@@ -66,20 +86,23 @@ class SymbolicLog:
             "allocations": [[size, parts.index(part), label] for size, part, label in self.allocations],
             "events": [list(event) for event in self.events],
             "moments": self.moments,
+            "parameters": self.parameters,
         }
-        return gzip.compress(json.dumps(content, separators=(",", ":")).encode(), mtime=0)
+        return json.dumps(content, separators=(",", ":")).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> SymbolicLog:
-        """What :meth:`to_bytes` wrote."""
-        content: dict[str, Any] = json.loads(gzip.decompress(data))
+    def from_line(cls, line: bytes) -> SymbolicLog:
+        """What :meth:`to_line` wrote."""
+        content: dict[str, Any] = json.loads(line)
         parts = content["parts"]
+        kinds = list(Kind)
         return cls(
             sizes=content["sizes"],
             scratch=[(name, used) for name, used in content["scratch"]],
             allocations=[Allocation(size, parts[part], label) for size, part, label in content["allocations"]],
-            events=[Event(Kind(kind), subject, label) for kind, subject, label in content["events"]],
+            events=[Event(kinds[kind], subject, label) for kind, subject, label in content["events"]],
             moments=[(phase, place) for phase, place in content["moments"]],
+            parameters=[ParameterCount(*found) for found in content["parameters"]],
         )
 
 

@@ -8,7 +8,7 @@ as from the second step on. What happens to memory is written down as an event l
 from __future__ import annotations
 
 import gc
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ from trainkit.errors import ModelError, TrainkitError
 from trainkit.memory.answers import Answers
 from trainkit.memory.device_look import Look, cpu_substitutes, cuda_scratch_bytes, cuda_substitutes
 from trainkit.memory.event_log import TRACED, Axis, EventLog, NotPeriodicError, unfold
-from trainkit.memory.fake_model import FakeModel, equal_layers, fake_model, layer_of_tensors
+from trainkit.memory.fake_model import FakeModel, fake_model, period_of, unit_of_tensors
 from trainkit.memory.fake_optimizer import make_state, optimizer_of, state_tensors
 from trainkit.memory.scenario import AMPERE
 from trainkit.memory.sharding import pretended_processes, shard_fully
@@ -30,7 +30,7 @@ from trainkit.model.precision import make_scaler, types_of
 from trainkit.training.step import training_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from accelerate import Accelerator
 
@@ -76,28 +76,27 @@ class _Alone:
 
 
 def trace(scenario: Scenario) -> Trace:
-    """Trace the scenario's step, on few layers where all are alike, else on all of them.
+    """Trace the scenario's step, on few layers where they repeat, else on all of them.
 
     Raises ModelError when the model cannot be built or traced, UsageError for an adapter that does not fit it.
     """
-    if scenario.shard == "fsdp2" and scenario.gpus > 1:
-        # A layer gathers the weights of the one after the next, so that few layers do not stand for all.
+    sharded = scenario.shard == "fsdp2" and scenario.gpus > 1
+    with pretended_processes(scenario.gpus) if sharded else nullcontext():
+        # Under FSDP2 a layer gathers the weights of the one after the next, so that few layers do not stand for all.
+        period = None if sharded else period_of(scenario.config)
+        if period is not None:
+            model = fake_model(scenario, full_depth=False, period=period)
+            try:
+                log = _traced(scenario, model)
+                if model.units > TRACED:
+                    log = unfold(log, model.units, period=model.period)
+            except NotPeriodicError:
+                pass
+            else:
+                return Trace(log, model.parameters, model.trainable_parameters, _remarks(scenario, model))
         model = fake_model(scenario, full_depth=True)
-        with pretended_processes(scenario.gpus):
-            log = _traced(scenario, model)
+        log = _traced(scenario, model)
         return Trace(log, model.parameters, model.trainable_parameters, _remarks(scenario, model))
-    if equal_layers(scenario.config):
-        model = fake_model(scenario, full_depth=False)
-        try:
-            log = _traced(scenario, model)
-            if model.depth > TRACED:
-                log = unfold(log, model.depth)
-        except NotPeriodicError:
-            pass
-        else:
-            return Trace(log, model.parameters, model.trainable_parameters, _remarks(scenario, model))
-    model = fake_model(scenario, full_depth=True)
-    return Trace(_traced(scenario, model), model.parameters, model.trainable_parameters, _remarks(scenario, model))
 
 
 def _remarks(scenario: Scenario, model: FakeModel) -> tuple[str, ...]:
@@ -152,14 +151,14 @@ def step_log(
         stack.enter_context(model.mode)
         stack.enter_context(_masks_without_values(repeat_heads=plain))
         run = _plain_run(model) if plain else _run(scenario, model, chunk_tokens)
-        layer_of = layer_of_tensors(model.layers)  # after sharding, which puts other tensors in their places
+        unit_of = unit_of_tensors(model)  # after sharding, which puts other tensors in their places
         with Answers(None):
             make_state(run.loss_model, run.optimizer)
         if scenario.micro_batches > 1:
             _give_gradients(run.loss_model)
         batch = make_batch_of(scenario)
         tracker = Tracker(scratch_bytes)
-        watcher = Watcher(tracker, model.layers, layer_of)
+        watcher = Watcher(tracker, model, unit_of)
         substitutes = cuda_substitutes(scenario.device.capability) if cuda else cpu_substitutes()
         gc.collect()  # so that nothing of earlier work dies within the step
         with tracker, Answers(run.scaler), Look(substitutes, watcher.after_backward(run.loss_model)):
@@ -176,10 +175,11 @@ def step_log(
 class Watcher:
     """Tells the tracker where the step is, from hooks on the model and the optimizer."""
 
-    def __init__(self, tracker: Tracker, layers: torch.nn.ModuleList, layer_of: Any) -> None:
+    def __init__(self, tracker: Tracker, model: FakeModel, unit_of_tensor: Mapping[int, int]) -> None:
         self.tracker = tracker
-        self.layers = layers
-        self.layer_of = layer_of
+        self.layers = model.layers
+        self.unit_of = model.unit_of
+        self.unit_of_tensor = unit_of_tensor
         self._chunks_left = 0
         self._backward_through_chunks = False
 
@@ -188,11 +188,11 @@ class Watcher:
         self.tracker.moment("start", "model")
         for parameter in model.parameters():
             part = "adapters" if adapted and parameter.requires_grad else "weights"
-            self.tracker.own(parameter, part, self.layer_of.get(id(parameter)))
+            self.tracker.own(parameter, part, self.unit_of_tensor.get(id(parameter)))
         for buffer in model.buffers():
-            self.tracker.own(buffer, "weights", self.layer_of.get(id(buffer)))
+            self.tracker.own(buffer, "weights", self.unit_of_tensor.get(id(buffer)))
         for parameter, tensor in state:
-            self.tracker.own(tensor, "optimizer state", self.layer_of.get(id(parameter)))
+            self.tracker.own(tensor, "optimizer state", self.unit_of_tensor.get(id(parameter)))
         self._own_gradients(model)
 
     def after_backward(self, model: torch.nn.Module) -> Callable[[], None]:
@@ -225,7 +225,7 @@ class Watcher:
     def _own_gradients(self, model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
-                self.tracker.own(parameter.grad, "gradients", self.layer_of.get(id(parameter)))
+                self.tracker.own(parameter.grad, "gradients", self.unit_of_tensor.get(id(parameter)))
 
     def _starts(self, *_: object) -> None:
         self.tracker.moment("forward", "embedding")
@@ -248,7 +248,7 @@ class Watcher:
     def _layer_starts(self, index: int) -> Callable[..., None]:
         def hook(*_: object) -> None:
             if self.tracker.phase == "forward":  # and not when it is recomputed
-                self.tracker.moment("forward", f"layer {index}", index)
+                self.tracker.moment("forward", Axis.LAYER.place(index), self.unit_of(index))
 
         return hook
 
@@ -258,7 +258,8 @@ class Watcher:
                 return
             hidden = output[0] if isinstance(output, tuple) else output
             if hidden.requires_grad:
-                hidden.register_hook(lambda _: self.tracker.moment("backward", f"layer {index}", index))
+                place, unit = Axis.LAYER.place(index), self.unit_of(index)
+                hidden.register_hook(lambda _: self.tracker.moment("backward", place, unit))
             if index == len(self.layers) - 1:
                 self.tracker.moment_at_next_birth("loss", "output head")
 
