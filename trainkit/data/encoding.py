@@ -29,7 +29,7 @@ import numpy as np
 
 from trainkit.data.chat_templates import ChatTemplate, TemplateProblem, find_template
 from trainkit.data.conversations import Conversation, ParsedExample, PromptCompletion
-from trainkit.data.spoken_specials import SpecialTokens
+from trainkit.data.spoken_specials import SpecialTokens, unset
 from trainkit.data.token_bytes import FastTokens, fast_tokens
 from trainkit.data.turns import check_nothing_lost, end_tokens_of, find_turns
 from trainkit.errors import DataError, ModelError, UsageError
@@ -402,12 +402,6 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     copy: Tokenizer = Tokenizer.from_str(engine.to_str())
     copy.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     return copy
-
-
-def unset(engine: Tokenizer) -> None:
-    """Take truncation and padding off: states of an engine that whoever shares it may have left there."""
-    engine.no_truncation()
-    engine.no_padding()
 
 
 def _trims_offsets(described: Any) -> bool:

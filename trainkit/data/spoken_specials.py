@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     Tokens = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]
 
 
+def unset(engine: Tokenizer) -> None:
+    """Take truncation and padding off: states of an engine that whoever shares it may have left there."""
+    engine.no_truncation()
+    engine.no_padding()
+
+
 class SpecialTokens:
     """The special tokens of a tokenizer, and texts tokenised with some of them as words.
 
@@ -85,8 +91,7 @@ class SpecialTokens:
 
     def tokens(self, text: str, spoken: Sequence[Span]) -> Tokens:
         """``text`` as ids, with the first and last character (exclusive) of each; what is ``spoken`` becomes words."""
-        self._engine.no_truncation()
-        self._engine.no_padding()
+        unset(self._engine)
         if not spoken:
             encoding = self._engine.encode(text, add_special_tokens=False)
             offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)

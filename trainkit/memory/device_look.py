@@ -127,6 +127,11 @@ def _dropout(
     return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else input
 
 
+def _as_autocast_casts(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the type that autocast computes in, where it is on."""
+    return tensor.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else tensor
+
+
 def _cuda_attention(
     has_flash: bool,
     query: torch.Tensor,
@@ -143,9 +148,7 @@ def _cuda_attention(
     The memory-efficient kernel does not share key/value heads, so that GQA without flash is mathematics, with all
     T x T scores.
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (_as_autocast_casts(tensor) for tensor in (query, key, value))
     same_width = query.shape[-1] == key.shape[-1] == value.shape[-1]
     narrow = query.dtype in _NARROW and query.shape[-1] <= _FLASH_MAX_HEAD_DIM
     if has_flash and attn_mask is None and narrow and same_width:
@@ -202,9 +205,7 @@ def _cpu_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """The fused kernel where torch would choose it for real tensors of these heads and types."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (_as_autocast_casts(tensor) for tensor in (query, key, value))
     if _cpu_fuses(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
         fused = aten._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
