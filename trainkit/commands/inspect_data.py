@@ -48,9 +48,7 @@ class SourceCounts:
         self.dropped.update(reason for reason, _ in block.dropped)
         if not documents.places:
             return
-        ends_N = np.cumsum(documents.lengths_N)
-        begins_N = ends_N - documents.lengths_N
-        trained_N = np.add.reduceat(documents.trained_K, begins_N, dtype=np.int64)
+        trained_N = documents.targets_N
         self.documents += len(documents.places)
         self.tokens += documents.ids_K.size
         self.trained_tokens += int(trained_N.sum())
@@ -60,9 +58,7 @@ class SourceCounts:
         if documents.lengths_N[at] > self.longest:
             self.longest, self.longest_place = int(documents.lengths_N[at]), documents.places[at]
         for number in range(min(kept - len(self.first), len(documents.places))):
-            part = slice(int(begins_N[number]), int(ends_N[number]))
-            encoded = Encoded(documents.ids_K[part], documents.trained_K[part])
-            self.first.append((documents.places[number], encoded))
+            self.first.append((documents.places[number], Encoded(*documents.document(number))))
 
     @property
     def trained_share(self) -> float:

@@ -151,10 +151,10 @@ class BulkEncoder:
         except UnicodeEncodeError:  # half a surrogate pair: the reference says where
             return _nothing()
         tokenized = tokenize(self._engine, self._table, encoded)
-        spans = _Spans.of(texts, encoded)
-        spans.locate(tokenized, encoded, texts)
+        lines = _Lines.of(texts, encoded, tokenized)
+        spans = _Spans.of(texts, encoded, lines)
         sound_N = tokenized.spelled_N & spans.aligned(len(encoded)) & self._has_its_specials(texts, tokenized)
-        return self._assembled(texts, encoded, tokenized, spans, sound_N)
+        return self._assembled(texts, lines, spans, sound_N)
 
     def _texts(self, examples: Sequence[tuple[ParsedExample, str]]) -> _Texts:
         """The examples that need nothing but their text and its spans."""
@@ -199,17 +199,15 @@ class BulkEncoder:
         has: Bool = (wanted_N < 0) | (found_N == wanted_N)
         return has
 
-    def _assembled(
-        self, texts: _Texts, encoded: Sequence[bytes], tokenized: TokenizedTexts, spans: _Spans, sound_N: Bool
-    ) -> _Bulk:
+    def _assembled(self, texts: _Texts, lines: _Lines, spans: _Spans, sound_N: Bool) -> _Bulk:
         """Ids and masks of the sound documents, with the BOS token before plain texts and separators behind."""
-        encoder = self._encoder
+        encoder, tokenized = self._encoder, lines.tokenized
         counts_N = np.diff(tokenized.offsets_N)
         edges_K = np.zeros(tokenized.ids_K.size + 1, np.int64)
         np.add.at(edges_K, spans.first_S, 1)
         np.add.at(edges_K, spans.last_S, -1)
         trained_K = np.cumsum(edges_K)[:-1] > 0
-        separated_N = self._needs_separator(texts, encoded, tokenized)
+        separated_N = self._needs_separator(lines)
         follows_trained_N = np.zeros(counts_N.size, np.bool_)
         filled = counts_N > 0
         follows_trained_N[filled] = trained_K[tokenized.offsets_N[1:][filled] - 1]
@@ -235,12 +233,12 @@ class BulkEncoder:
             sound_N & (lengths_N > 0)
         )
 
-    def _needs_separator(self, texts: _Texts, encoded: Sequence[bytes], tokenized: TokenizedTexts) -> Bool:
+    def _needs_separator(self, lines: _Lines) -> Bool:
         """Whether no end-of-sequence token stands before the trailing white space of a text."""
-        if self._encoder.separator is None or not texts.texts:
-            return np.zeros(len(texts.texts), np.bool_)
-        written_N = np.fromiter(map(len, encoded), np.int64, len(encoded)) - _trailing_bytes(texts.texts)
-        last_N = _tokens_before(tokenized, np.arange(written_N.size), written_N) - 1
+        tokenized, written_N = lines.tokenized, lines.written_N
+        if self._encoder.separator is None or not written_N.size:
+            return np.zeros(written_N.size, np.bool_)
+        last_N = lines.tokens_before(np.arange(written_N.size), written_N) - 1
         ended_N = last_N >= tokenized.offsets_N[:-1]
         ended_N[ended_N] = np.isin(tokenized.ids_K[last_N[ended_N]], sorted(self._encoder.document_ends))
         return ~ended_N
@@ -320,54 +318,60 @@ def _nothing() -> _Bulk:
     return _Bulk(none, none.astype(np.int32), no, none, none, no, none)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Lines:
+    """Tokens of all texts on one line, a text behind the other, so that one search finds them for many places.
+
+    ``lengths_N`` are the bytes of each text, ``written_N`` those before the white space at its end.
+    """
+
+    tokenized: TokenizedTexts
+    lengths_N: Int64
+    written_N: Int64
+    distance: int
+    """From the beginning of a text to that of the next: more than any is long."""
+    line_K: Int64
+
+    @classmethod
+    def of(cls, texts: _Texts, encoded: Sequence[bytes], tokenized: TokenizedTexts) -> _Lines:
+        """The line of these texts."""
+        lengths_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        trailing = [len(text[len(text.rstrip()) :].encode()) for text in texts.texts]
+        distance = int(max(tokenized.starts_K.max(initial=0), lengths_N.max(initial=0))) + 2
+        text_K = np.repeat(np.arange(lengths_N.size), np.diff(tokenized.offsets_N))
+        line_K = text_K * distance + tokenized.starts_K
+        return cls(tokenized, lengths_N, lengths_N - np.array(trailing, np.int64), distance, line_K)
+
+    def tokens_before(self, text_S: Int64, byte_S: Int64) -> Int64:
+        """How many of all tokens begin before a byte of a text, those of earlier texts among them."""
+        found: Int64 = np.searchsorted(self.line_K, text_S * self.distance + byte_S, "left")
+        return np.maximum(found, self.tokenized.offsets_N[text_S])
+
+
+@dataclass(frozen=True)
 class _Spans:
-    """Trained spans: the document of each and its first and last byte (exclusive); then tokens among all of them."""
+    """Trained spans: the document of each, its first and last token (exclusive) among all, and whether they fit it."""
 
     document_S: Int64
-    begin_S: Int64
-    end_S: Int64
     first_S: Int64
     last_S: Int64
     aligned_S: Bool
 
     @classmethod
-    def of(cls, texts: _Texts, encoded: Sequence[bytes]) -> _Spans:
-        """Spans of characters as spans of bytes."""
-        counts = [len(spans) for spans in texts.spans]
-        edges: list[int] = []
-        for text, data, spans in zip(texts.texts, encoded, texts.spans, strict=True):
-            if len(text) == len(data):
-                for begin, end in spans:
-                    edges += (begin, end)
-            else:
-                for begin, end in spans:
-                    before = len(text[:begin].encode())
-                    edges += (before, before + len(text[begin:end].encode()))
-        edges_S = np.array(edges, np.int64).reshape(-1, 2)
-        document_S = np.repeat(np.arange(len(counts)), counts)
-        none_S = np.zeros(document_S.size, np.int64)
-        return cls(document_S, edges_S[:, 0], edges_S[:, 1], none_S, none_S, none_S > 0)
-
-    def locate(self, tokenized: TokenizedTexts, encoded: Sequence[bytes], texts: _Texts) -> None:
-        """Find the tokens of every span, and whether tokens begin and end where it does.
+    def of(cls, texts: _Texts, encoded: Sequence[bytes], lines: _Lines) -> _Spans:
+        """The tokens of every span, and whether tokens begin and end where it does.
 
         White space behind the last span of a document may be in its last token: the reference trains that too.
         """
-        self.first_S = _tokens_before(tokenized, self.document_S, self.begin_S)
-        self.last_S = _tokens_before(tokenized, self.document_S, self.end_S)
-        until_S = tokenized.offsets_N[self.document_S + 1]
-        starts_K = np.append(tokenized.starts_K, 0)
-        length_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        written_N = length_N - _trailing_bytes(texts.texts)
+        document_S = np.repeat(np.arange(len(encoded)), [len(spans) for spans in texts.spans])
+        begin_S, end_S = _edges_in_bytes(texts, encoded).T
+        first_S, last_S = lines.tokens_before(document_S, begin_S), lines.tokens_before(document_S, end_S)
+        until_S = lines.tokenized.offsets_N[document_S + 1]
+        starts_K = np.append(lines.tokenized.starts_K, 0)
         # Behind its last token there is only the end of the document: what begins or ends before that is in the token.
-        begins_S = np.where(
-            self.first_S == until_S, self.begin_S == length_N[self.document_S], starts_K[self.first_S] == self.begin_S
-        )
-        ends_S = np.where(
-            self.last_S == until_S, self.end_S >= written_N[self.document_S], starts_K[self.last_S] == self.end_S
-        )
-        self.aligned_S = begins_S & ends_S
+        begins_S = np.where(first_S == until_S, begin_S == lines.lengths_N[document_S], starts_K[first_S] == begin_S)
+        ends_S = np.where(last_S == until_S, end_S >= lines.written_N[document_S], starts_K[last_S] == end_S)
+        return cls(document_S, first_S, last_S, begins_S & ends_S)
 
     def aligned(self, documents: int) -> Bool:
         """Whether all spans of a document are."""
@@ -376,19 +380,17 @@ class _Spans:
         return aligned_N
 
 
-def _trailing_bytes(texts: Sequence[str]) -> Int64:
-    """How many bytes of white space stand at the end of each text."""
-    return np.array([len(text[len(text.rstrip()) :].encode()) for text in texts], np.int64)
-
-
-def _tokens_before(tokenized: TokenizedTexts, document_S: Int64, byte_S: Int64) -> Int64:
-    """How many of all tokens begin before a byte of a document, those of earlier documents among them."""
-    # Documents laid end to end with a gap, so that one search over all of them does.
-    longest = int(max(tokenized.starts_K.max(initial=0), byte_S.max(initial=0))) + 2
-    document_K = np.repeat(np.arange(tokenized.offsets_N.size - 1), np.diff(tokenized.offsets_N))
-    line_K = document_K * longest + tokenized.starts_K
-    found: Int64 = np.searchsorted(line_K, document_S * longest + byte_S, "left")
-    return np.maximum(found, tokenized.offsets_N[document_S])
+def _edges_in_bytes(texts: _Texts, encoded: Sequence[bytes]) -> Int64:
+    """First and last byte (exclusive) of every span of characters, (S, 2)."""
+    edges: list[int] = []
+    for text, data, spans in zip(texts.texts, encoded, texts.spans, strict=True):
+        for begin, end in spans:
+            if len(text) == len(data):
+                edges += (begin, end)
+            else:
+                before = len(text[:begin].encode())
+                edges += (before, before + len(text[begin:end].encode()))
+    return np.array(edges, np.int64).reshape(-1, 2)
 
 
 def _in_order(number_of_documents: int, bulk: _Bulk, by_reference: dict[int, Encoded]) -> EncodedDocuments:

@@ -40,9 +40,7 @@ class MaskGate:
         documents = block.documents
         if not documents.places:
             return
-        ends_N = np.cumsum(documents.lengths_N)
-        begins_N = ends_N - documents.lengths_N
-        trained_N = np.add.reduceat(documents.trained_K, begins_N, dtype=np.int64)
+        trained_N = documents.targets_N
         self._documents += len(documents.places)
         self._tokens += documents.ids_K.size
         self._trained_tokens += int(trained_N.sum())
@@ -50,8 +48,7 @@ class MaskGate:
         self._ended_turns += int(block.ended_turns_N.sum())
 
         def first_of(number: int) -> _Sample:
-            part = slice(int(begins_N[number]), int(ends_N[number]))
-            return _Sample(documents.places[number], documents.ids_K[part], documents.trained_K[part])
+            return _Sample(documents.places[number], *documents.document(number))
 
         if self._untrained is None and not trained_N.all():
             self._untrained = first_of(int(np.argmin(trained_N != 0)))

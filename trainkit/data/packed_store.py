@@ -360,6 +360,28 @@ class DocumentBatch:
     places: Sequence[str]
     """Which example each is, as ``train.jsonl:12``."""
 
+    @cached_property
+    def ends_N(self) -> NDArray[np.int64]:
+        """Where each document ends among the tokens."""
+        return np.cumsum(self.lengths_N, dtype=np.int64)
+
+    @cached_property
+    def begins_N(self) -> NDArray[np.int64]:
+        """Where each document begins among the tokens."""
+        return self.ends_N - self.lengths_N
+
+    @cached_property
+    def targets_N(self) -> NDArray[np.int64]:
+        """Trained tokens of each document, without the first, which nothing predicts."""
+        if not self.begins_N.size:
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(self.trained_K, self.begins_N, dtype=np.int64) - self.trained_K[self.begins_N]
+
+    def document(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Ids and mask of one document, both (T,)."""
+        part = slice(int(self.begins_N[number]), int(self.ends_N[number]))
+        return self.ids_K[part], self.trained_K[part]
+
 
 class DocumentWriter:
     """Takes documents in batches. All of it goes to disk at once: no memory grows with what was written."""
@@ -375,14 +397,14 @@ class DocumentWriter:
     def append_many(self, batch: DocumentBatch) -> None:
         """Add the documents of ``batch``, in its order. Raises MachineError when the disk does not take them."""
         lengths_N = np.asarray(batch.lengths_N, np.int64)
-        ends_N = np.cumsum(lengths_N)
+        ends_N = batch.ends_N
         assert batch.ids_K.size == batch.trained_K.size == (ends_N[-1] if ends_N.size else 0)
         assert lengths_N.min(initial=1) > 0, batch.places[int(lengths_N.argmin())]
         places = [place.encode(errors="backslashreplace") for place in batch.places]
         place_ends_N = np.cumsum(np.fromiter(map(len, places), np.int64, len(places)))
         columns: dict[str, NDArray[Any]] = {
             "offsets": self._tokens + ends_N,
-            "targets": _targets(batch.trained_K, ends_N - lengths_N),
+            "targets": batch.targets_N,
             "separators": batch.separators_N,
             "trained-separators": batch.separators_N & batch.trained_K[ends_N - 1] & (lengths_N > 1),
             "sources": np.full(lengths_N.size, batch.source),
@@ -406,13 +428,6 @@ class DocumentWriter:
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Note ``facts`` beside the documents."""
         self._builder.facts = facts
-
-
-def _targets(trained_K: NDArray[np.bool_], begins_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Trained tokens of each document that begins at ``begins_N``, without the first, which nothing predicts."""
-    if not begins_N.size:
-        return np.zeros(0, np.int64)
-    return np.add.reduceat(trained_K, begins_N, dtype=np.int64) - trained_K[begins_N]
 
 
 def write_rows(
