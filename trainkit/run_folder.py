@@ -5,12 +5,18 @@ Nothing in this module loads torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,33 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file holds: its size and the SHA-256 of its bytes."""
+
+    size_bytes: int
+    sha256: str
+
+
+def write_new_file(path: Path, pieces: Iterable[Bytes]) -> Written:
+    """Write a file that does not exist yet, and have it on disk; its name is not there before the folder is fsynced.
+
+    The checksum is taken on the way, so that nothing is read again. Raises OSError as the file system does; a part of
+    the file may be left then.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file:
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            digest.update(view)
+            while view:  # a raw file may take less than it is given
+                taken = file.write(view)
+                size += taken
+                view = view[taken:]
+        os.fsync(file.fileno())
+    return Written(size, digest.hexdigest())
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

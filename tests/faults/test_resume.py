@@ -194,7 +194,116 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_is_saved(
     with monkeypatch.context() as patch:
         patch.setattr("trainkit.commands.fine_tune.train", interrupted)
         assert run(["fine-tune", str(path)]) == 130
-    assert "stopped at once. Newest good checkpoint: " in (errors := capfd.readouterr().err)
+    assert "SIGINT stopped the run at once: Newest good checkpoint: " in (errors := capfd.readouterr().err)
     assert "step-000002" in errors
     assert run(["fine-tune", str(path)]) == 0
     assert "continues after step 2" in capfd.readouterr().out
+
+
+def said_by(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = run(arguments)
+    captured = capfd.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path, folder = tmp_path / "recipe.yaml", Path(small_recipe["output_dir"])
+    small_recipe["training"] |= {"steps": 4, "lr_scheduler": "linear", "warmup_ratio": 0}
+    path.write_text(yaml.safe_dump(small_recipe))
+    assert said_by(["fine-tune", str(path)], capfd)[0] == 0
+    weights = (folder / "final" / "adapter_model.safetensors").read_bytes()
+
+    longer = ["fine-tune", str(path), "--set", "training.steps=6", "--set", "training.micro_batch_size=1"]
+    code, said = said_by(longer, capfd)
+    assert code == 0, said
+    assert "changed: training.steps: 4 → 6" in said
+    assert "changed: training.micro_batch_size: 4 → 1" in said
+    rate = small_recipe["training"]["learning_rate"] / 3
+    assert f"schedule of all 6 steps from here on: step 5 takes {rate:.3g} (before: none)" in said
+    assert "continues after step 4" in said
+    steps = [line["step"] for line in metrics(folder) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["learning_rate"] for line in metrics(folder) if "loss" in line][4] == pytest.approx(rate)
+    assert (folder / "final" / "adapter_model.safetensors").read_bytes() != weights
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 6
+
+    code, said = said_by(longer, capfd)
+    assert code == 0
+    assert "already finished" in said
+
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 6
+    assert "6 steps are done already, the recipe now ends after 4; ask for 6 or more" in said
+    code, said = said_by([*longer, "--set", "training.seed=1"], capfd)
+    assert code == 6
+    assert "differs in training.seed: 42 → 1. " in said
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued_from(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path, folder = tmp_path / "recipe.yaml", Path(small_recipe["output_dir"])
+    small_recipe["training"] |= {"steps": 4}
+    small_recipe["checkpoints"] = {"every_steps": 1, "keep_last": 2, "keep_best": False}
+    path.write_text(yaml.safe_dump(small_recipe))
+    assert said_by(["fine-tune", str(path)], capfd)[0] == 0
+    result = (folder / "final" / "adapter_model.safetensors").read_bytes()
+    newest = folder / "checkpoints" / "step-000004"
+    weights = newest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (folder / "summary.json").unlink()
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 0, said
+    assert "step-000004 skipped: weights.safetensors does not match its checksum" in said
+    assert "continues after step 3" in said
+    assert (folder / "final" / "adapter_model.safetensors").read_bytes() == result
+    assert (folder / "checkpoints" / "step-000004.aside-1" / "weights.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_before_the_first_step_ends_at_once_with_its_code(
+    small_recipe: dict[str, Any],
+    tmp_path: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe))
+
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("trainkit.commands.fine_tune.prepare", interrupted)
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == (130 if number == signal.SIGINT else 75)
+    assert f"error: {number.name} before training began or went on: nothing is lost" in said
+    assert not Path(small_recipe["output_dir"]).exists()
+
+
+def test_a_signal_while_the_result_is_written_loses_nothing(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe))
+
+    def interrupted(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainkit.model.export.write_tokenizer", interrupted)
+        code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 75
+    assert "SIGTERM while the result was written: training is done and saved" in said
+    assert not any(entry.name.startswith(".final") for entry in Path(small_recipe["output_dir"]).iterdir())
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 0, said
+    assert (Path(small_recipe["output_dir"]) / "final" / "adapter_model.safetensors").exists()

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import errno
-import json
 import random
-import resource
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from trainkit.errors import MachineError
-from trainkit.training import checkpoint
 from trainkit.training.checkpoint import (
+    SavingAbandoned,
     TrainingState,
     load_checkpoint,
     newest_checkpoint,
     problems_of,
-    retire_checkpoints,
-    save_checkpoint,
+    write_checkpoint,
 )
 from trainkit.training.random_state import capture_random_state, restore_random_state, seed_everything
 
@@ -62,12 +57,12 @@ def assert_same(left: Any, right: Any) -> None:
 
 def test_comes_back_bit_by_bit(tmp_path: Path) -> None:
     state = state_at(7)
-    loaded = load_checkpoint(save_checkpoint(tmp_path, RUN, state))
+    loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, state))
     assert_same(vars(state) | {"random": vars(state.random)}, vars(loaded) | {"random": vars(loaded.random)})
 
 
 def test_an_optimizer_continues_from_it_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    loaded = load_checkpoint(save_checkpoint(tmp_path, RUN, state_at(7)))
+    loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, state_at(7)))
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     optimizer.load_state_dict(dict(loaded.optimizer))
@@ -75,7 +70,7 @@ def test_an_optimizer_continues_from_it_as_if_nothing_had_happened(tmp_path: Pat
 
 
 def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, RUN, state_at(1))
+    folder = write_checkpoint(tmp_path, RUN, state_at(1))
     reference = tmp_path / "reference"
     reference.touch()
     for path in folder.iterdir():
@@ -109,8 +104,8 @@ FILES = [
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["delete", "truncate", "zero", "flip a bit"])
 def test_damage_is_found_named_and_the_earlier_one_is_taken(tmp_path: Path, how: str, name: str) -> None:
-    older = save_checkpoint(tmp_path, RUN, state_at(1))
-    damage(save_checkpoint(tmp_path, RUN, state_at(2)), how, name)
+    older = write_checkpoint(tmp_path, RUN, state_at(1))
+    damage(write_checkpoint(tmp_path, RUN, state_at(2)), how, name)
     found, skipped = newest_checkpoint(tmp_path, RUN)
     if how == "flip a bit" and name == "manifest.json":
         # One changed letter of the manifest is a wrong size, a wrong checksum or another key: never a good checkpoint.
@@ -122,15 +117,15 @@ def test_damage_is_found_named_and_the_earlier_one_is_taken(tmp_path: Path, how:
 
 
 def test_another_runs_checkpoint_is_never_taken_whatever_its_number(tmp_path: Path) -> None:
-    ours = save_checkpoint(tmp_path, RUN, state_at(3))
-    save_checkpoint(tmp_path, "somebody-elses", state_at(900))
+    ours = write_checkpoint(tmp_path, RUN, state_at(3))
+    write_checkpoint(tmp_path, "somebody-elses", state_at(900))
     found, skipped = newest_checkpoint(tmp_path, RUN)
     assert found == ours
     assert skipped == ["step-000900 skipped: of another run"]
 
 
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, RUN, state_at(3)).rename(tmp_path / "step-000004")
+    write_checkpoint(tmp_path, RUN, state_at(3)).rename(tmp_path / "step-000004")
     assert newest_checkpoint(tmp_path, RUN)[0] is None
 
 
@@ -139,62 +134,47 @@ def test_none_at_all(tmp_path: Path) -> None:
 
 
 def test_saving_the_same_step_again_keeps_the_good_one_and_replaces_a_damaged_one(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, RUN, state_at(5))
+    folder = write_checkpoint(tmp_path, RUN, state_at(5))
     before = (folder / "manifest.json").stat().st_ino
-    save_checkpoint(tmp_path, RUN, state_at(5))
+    write_checkpoint(tmp_path, RUN, state_at(5))
     assert (folder / "manifest.json").stat().st_ino == before
     (folder / "state.json").unlink()
-    save_checkpoint(tmp_path, RUN, state_at(5))
+    write_checkpoint(tmp_path, RUN, state_at(5))
     assert problems_of(folder, RUN) is None
-    assert len(list(tmp_path.glob("step-000005.damaged-*"))) == 1
+    assert (tmp_path / "step-000005.aside-1").is_dir()
 
 
-def test_a_full_disk_leaves_the_earlier_one_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, RUN, state_at(1))
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "_save_tensors", full)
-    with pytest.raises(MachineError, match=r"disk is full.*earlier checkpoints are intact"):
-        save_checkpoint(tmp_path, RUN, state_at(2))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+def test_told_to_stop_it_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SavingAbandoned):
+        write_checkpoint(tmp_path, RUN, state_at(1), lambda: True)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_safetensors_cannot_write_is_the_machine_s_trouble(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, RUN, state_at(1))
-    state = replace(state_at(2), weights={"large": torch.zeros(100_000)})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a real failure of a real write
-    try:
-        with pytest.raises(MachineError, match=r"could not be saved: .*File too large.*earlier checkpoints are intact"):
-            save_checkpoint(tmp_path, RUN, state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+def test_what_has_the_name_is_put_aside_and_never_lost(tmp_path: Path) -> None:
+    for content in ("mine", "mine too"):
+        (tmp_path / "step-000003").mkdir()
+        (tmp_path / "step-000003" / "notes.txt").write_text(content)
+        write_checkpoint(tmp_path, RUN, state_at(3))
+        assert problems_of(tmp_path / "step-000003", RUN) is None
+        (tmp_path / "step-000003").rename(tmp_path / f"moved {content}")
+    assert (tmp_path / "step-000003.aside-1" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "step-000003.aside-2" / "notes.txt").read_text() == "mine too"
 
 
-def test_retiring_keeps_the_newest_and_the_best_and_what_is_not_ours(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5):
-        save_checkpoint(tmp_path, RUN, state_at(step))
-    save_checkpoint(tmp_path, "somebody-elses", state_at(6))
-    (tmp_path / "step-000007").mkdir()
-    (tmp_path / "step-000007" / "precious.txt").write_text("mine")
-    unfinished = tmp_path / ".step-000006.0a1b2c3d.partial"
-    unfinished.mkdir()
-    (unfinished / "owner.json").write_text(json.dumps({"run_id": RUN, "step": 6}))
-    foreign = tmp_path / ".step-000009.0a1b2c3d.partial"
-    foreign.mkdir()
-    retire_checkpoints(tmp_path, RUN, keep_last=2, best_step=2)
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == [
-        ".step-000009.0a1b2c3d.partial",
-        "step-000002",
-        "step-000004",
-        "step-000005",
-        "step-000006",
-        "step-000007",
-    ]
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_in_place_of_a_file_is_not_followed(tmp_path: Path, name: str) -> None:
+    folder = write_checkpoint(tmp_path / "", RUN, state_at(1))
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert name == "manifest.json" or problems_of(folder, RUN) == f"{name} is a link"
+
+
+def test_every_type_of_tensor_is_read_back_by_safetensors(tmp_path: Path) -> None:
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+    weights = {str(one): torch.arange(5).to(one) for one in [*types, torch.int8, torch.uint8, torch.bool]}
+    weights |= {"none": torch.zeros(0, 3), "number": torch.tensor(2.5), "strided": torch.arange(12.0).view(3, 4).T}
+    loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, replace(state_at(1), weights=weights)))
+    assert_same(weights, loaded.weights)
 
 
 def test_every_generator_continues_where_it_stood() -> None:

@@ -20,6 +20,7 @@ from trainkit.training.run_record import (
     begin_run,
     check_continuation,
     check_output,
+    continue_run,
     finish_run,
     has_begun,
     locked,
@@ -223,12 +224,47 @@ def test_a_run_has_begun_when_it_has_something_to_lose(folder: RunFolder) -> Non
 
 def continuation(
     folder: RunFolder, begun: RunRecord, recipe: Recipe, data_key: str = "data", base: str = "base"
-) -> None:
-    check_continuation(folder, begun, recipe, data_key=data_key, base_model=base)
+) -> list[str]:
+    return check_continuation(folder, begun, recipe, data_key=data_key, base_model=base)
 
 
 def test_the_same_recipe_continues(folder: RunFolder, begun: RunRecord) -> None:
-    continuation(folder, begun, RECIPE)
+    assert continuation(folder, begun, RECIPE) == []
+
+
+def test_a_run_may_go_on_longer_and_be_fitted_into_memory_otherwise(folder: RunFolder, begun: RunRecord) -> None:
+    other = replace(
+        RECIPE,
+        model=replace(RECIPE.model, activation_checkpointing=True),
+        training=replace(RECIPE.training, steps=None, epochs=2, micro_batch_size=1),
+    )
+    changes = continuation(folder, begun, other)
+    assert changes == [
+        "model.activation_checkpointing: false → true",
+        "training.epochs: null → 2",
+        "training.micro_batch_size: auto → 1",
+        "training.steps: 4 → null",
+    ]
+    finished = finish_run(folder, begun)
+    continued = continue_run(folder, finished, other, micro_batch_size=1)
+    assert (continued.finished, continued.micro_batch_size, continued.run_id) == (False, 1, begun.run_id)
+    assert read_record(folder) == continued
+    assert continuation(folder, continued, other) == []
+
+
+@pytest.mark.parametrize("left", [[], ["run.lock"], ["run.lock", ".run.json.a1b2c3d4"]])
+def test_a_folder_that_a_kill_left_at_the_beginning_can_be_used(folder: RunFolder, left: list[str]) -> None:
+    folder.root.mkdir()
+    for name in left:
+        (folder.root / name).touch()
+    check_output(str(folder.root))
+
+
+def test_killed_between_record_and_recipe_a_run_begins_anew(folder: RunFolder, begun: RunRecord) -> None:
+    folder.recipe.unlink()
+    check_output(str(folder.root))
+    assert not has_begun(folder)
+    assert begin_run(folder, RECIPE, data_key="d", base_model="b", micro_batch_size=2).run_id != begun.run_id
 
 
 def test_what_is_only_looked_at_or_kept_may_change(folder: RunFolder, begun: RunRecord) -> None:
@@ -248,10 +284,10 @@ def test_what_is_only_looked_at_or_kept_may_change(folder: RunFolder, begun: Run
         (replace(RECIPE, training=replace(RECIPE.training, seed=1)), r"training\.seed: 42 → 1\."),
         (replace(RECIPE, packing=Packing(overlap=8)), r"packing\.overlap: 64 → 8"),
         (replace(RECIPE, data=Data(train=(Source(path="b.jsonl"),))), r"data\.train\.0\.path: train\.jsonl → b\.jsonl"),
-        (replace(RECIPE, adapter=Adapter(target_modules=("q_proj",))), r"adapter\.target_modules\.1: v_proj → None"),
+        (replace(RECIPE, adapter=Adapter(target_modules=("q_proj",))), r"adapter\.target_modules\.1: v_proj → null"),
         (
             replace(RECIPE, precision="bf16", training=replace(RECIPE.training, steps=5)),
-            r"precision: auto → bf16; training\.steps: 4 → 5",
+            r"precision: auto → bf16\. ",
         ),
     ],
 )
@@ -270,8 +306,8 @@ def test_other_content_behind_the_same_recipe_does_not_continue(folder: RunFolde
 
 def test_no_adapter_differs_from_one_in_every_key() -> None:
     differing = recipe_differences(RECIPE, replace(RECIPE, adapter=None))
-    assert "adapter.r: 16 → None" in differing
-    assert all(line.startswith("adapter") for line in differing)
+    assert differing["adapter.r"] == "adapter.r: 16 → null"
+    assert all(key.startswith("adapter") for key in differing)
 
 
 # Putting aside

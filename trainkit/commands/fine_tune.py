@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from signal import Signals
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,27 +21,33 @@ from trainkit.memory.machine import forget_peak, is_out_of_memory, peak_memory_b
 from trainkit.model.export import save_result, verify_result
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
-from trainkit.recipe.reader import recipe_as_yaml
+from trainkit.model.result_folder import check_free
+from trainkit.recipe.reader import read_recipe, recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
 from trainkit.training.assembly import Base, assemble, base_fingerprint, read_base
-from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, retire_checkpoints, save_checkpoint
+from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, step_of
 from trainkit.training.environment import describe_environment
 from trainkit.training.evaluation import Answer, answer_prompts, check_last_update, evaluate_loss, stop_ids
 from trainkit.training.interruption import Interruption
 from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, train
 from trainkit.training.metrics import MetricsLog, Trackers, check_trackers, open_trackers, read_metrics
+from trainkit.training.plan import learning_rate_at, make_plan
 from trainkit.training.report import write_report
+from trainkit.training.retention import Retention
 from trainkit.training.run_record import (
+    LENGTH,
     RunRecord,
     begin_run,
     check_continuation,
     check_output,
+    continue_run,
     finish_run,
     has_begun,
     locked,
     put_aside,
     read_record,
 )
+from trainkit.training.saving import Saver, check_space
 from trainkit.training.step import StopRequested
 
 if TYPE_CHECKING:
@@ -55,11 +61,17 @@ if TYPE_CHECKING:
 
 def fine_tune(read: ReadRecipe, *, fresh: bool, json_output: bool) -> None:
     """Run the recipe, continue it, or say that it is finished; the error tree lists what may be raised."""
-    with Console(json_only=json_output) as console:
-        console.result(_run(read, fresh=fresh, console=console))
+    with (
+        Console(json_only=json_output) as console,
+        Interruption(lambda signal: console.at_once(_heard(signal))) as interruption,
+    ):
+        try:
+            console.result(_run(read, fresh=fresh, console=console, interruption=interruption))
+        except KeyboardInterrupt:
+            raise _stopped(interruption, "before training began or went on", "nothing is lost") from None
 
 
-def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
+def _run(read: ReadRecipe, *, fresh: bool, console: Console, interruption: Interruption) -> dict[str, Any]:
     recipe = read.recipe
     folder = check_output(recipe.output_dir)
     check_extras(recipe)
@@ -79,20 +91,30 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
 
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
-        interruption = stack.enter_context(Interruption(lambda signal: console.at_once(_heard(signal))))
-        record = None if fresh else _record_to_continue(folder, recipe, base, data)
-        if record is not None and record.finished and folder.final.is_dir() and folder.summary.is_file():
+        earlier = None if fresh else _earlier_run(folder, recipe, base, data)
+        if earlier is not None and earlier.is_finished and folder.final.is_dir() and folder.summary.is_file():
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
             return dict(json.loads(folder.summary.read_bytes()))
+        checkpoint = None if earlier is None else _checkpoint_to_continue(folder, earlier, console)
+        if not fresh:
+            check_free(folder.final, replace=True)
         fitted = fit(recipe, base.location.folder, accelerator.device)
         _show_facts(console, [("memory", sentence) for sentence in fitted.sentences])
-        micro_batch_size = fitted.micro_batch_size if record is None else record.micro_batch_size
+        micro_batch_size = earlier.micro_batch_size(recipe) if earlier is not None else None
+        micro_batch_size = micro_batch_size or fitted.micro_batch_size
         trainer, facts = assemble(recipe, base, data.train, precision, micro_batch_size, accelerator)
         _show_facts(console, facts)
+        check_space(
+            folder.checkpoints,
+            None if earlier is None or fresh else earlier.record.run_id,
+            trainer.trained_weights(),
+            optimizer=recipe.training.optimizer,
+            checkpoints=_checkpoints_at_a_time(recipe, trainer, data),
+        )
         if fresh and folder.marker.exists():
             _show_facts(console, [("run", f"the earlier one was put aside: {put_aside(folder)}")])
             stack.enter_context(locked(folder))  # the first lock has moved with it
-        if record is None:
+        if earlier is None:
             record = begin_run(
                 folder,
                 recipe,
@@ -100,9 +122,21 @@ def _run(read: ReadRecipe, *, fresh: bool, console: Console) -> dict[str, Any]:
                 base_model=base_fingerprint(base.location),
                 micro_batch_size=micro_batch_size,
             )
+        else:
+            record = _continued(folder, earlier, recipe, trainer, checkpoint, console)
         _write_circumstances(folder, recipe, data, trainer)
         memory = Memory(accelerator.device, fitted.predicted_bytes)
-        return Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory).to_the_end()
+        saver = Saver(folder.checkpoints, record.run_id)
+        run = Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory, saver)
+        return run.to_the_end(checkpoint)
+
+
+def _stopped(interruption: Interruption, when: str, state: str) -> Stopped:
+    """What ends a run that a signal stopped at once."""
+    signal = interruption.received or Signals.SIGINT
+    return Stopped(
+        f"{signal.name} {when}: {state}; the same command goes on from here", by_keyboard=signal is Signals.SIGINT
+    )
 
 
 def _show_facts(console: Console, facts: list[tuple[str, str]]) -> None:
@@ -113,14 +147,92 @@ def _show_facts(console: Console, facts: list[tuple[str, str]]) -> None:
         before = topic
 
 
-def _record_to_continue(folder: RunFolder, recipe: Recipe, base: Base, data: PreparedData) -> RunRecord | None:
-    """The record of the run to continue; None where there is none, or none that ever took a step."""
+@dataclass(frozen=True)
+class EarlierRun:
+    """The run that the folder holds: its record, the recipe it had, and what differs now that may."""
+
+    record: RunRecord
+    recipe: Recipe
+    changes: tuple[str, ...]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do, the new recipe asking for no more."""
+        return self.record.finished and not any(change.startswith(LENGTH) for change in self.changes)
+
+    def micro_batch_size(self, recipe: Recipe) -> int | None:
+        """That of the run, unless the recipe names another one; None where it now says auto."""
+        asked = recipe.training.micro_batch_size
+        if asked == self.recipe.training.micro_batch_size:
+            return self.record.micro_batch_size
+        return None if asked == "auto" else asked
+
+
+def _earlier_run(folder: RunFolder, recipe: Recipe, base: Base, data: PreparedData) -> EarlierRun | None:
+    """The run to continue; None where there is none, or none that ever took a step."""
     if not has_begun(folder):
         return None
     record = read_record(folder)
-    if record is not None:
-        check_continuation(folder, record, recipe, data_key=data.key, base_model=base_fingerprint(base.location))
-    return record
+    if record is None:
+        return None
+    fingerprint = base_fingerprint(base.location)
+    changes = check_continuation(folder, record, recipe, data_key=data.key, base_model=fingerprint)
+    return EarlierRun(record, read_recipe(str(folder.recipe)).recipe, tuple(changes))
+
+
+def _checkpoint_to_continue(folder: RunFolder, earlier: EarlierRun, console: Console) -> Path | None:
+    """The newest checkpoint that verifies; why newer ones are passed over is said."""
+    found, skipped = newest_checkpoint(folder.checkpoints, earlier.record.run_id)
+    for sentence in skipped:
+        console.warn(f"{folder.checkpoints}: {sentence}")
+    if found is None and earlier.record.finished:
+        raise CheckpointError(
+            f"{folder.final}: finished, but its result is gone and no checkpoint is left to make it from; "
+            "--fresh trains anew"
+        )
+    return found
+
+
+def _continued(
+    folder: RunFolder,
+    earlier: EarlierRun,
+    recipe: Recipe,
+    trainer: Trainer,
+    checkpoint: Path | None,
+    console: Console,
+) -> RunRecord:
+    """Take over what the recipe changes for the rest of the run, and say what follows from it."""
+    plan, done = trainer.plan, 0 if checkpoint is None else step_of(checkpoint)
+    if done > plan.steps:
+        raise CheckpointError(
+            f"{folder.root}: {done} steps are done already, the recipe now ends after {plan.steps}; ask for {done} or "
+            "more, or give another output_dir"
+        )
+    sentences = [f"changed: {change}" for change in earlier.changes]
+    if any(change.startswith(LENGTH) for change in earlier.changes) and done < plan.steps:
+        before = make_plan(
+            earlier.recipe.training,
+            rows=plan.rows,
+            sequence_length=recipe.packing.sequence_length,
+            micro_batch_size=plan.micro_batch_size,
+            processes=plan.processes,
+        )
+        old = f"{learning_rate_at(before, done):.3g}" if done < before.steps else "none"
+        sentences.append(
+            f"the learning rate follows the schedule of all {plan.steps} steps from here on: step {done + 1} takes "
+            f"{learning_rate_at(plan, done):.3g} (before: {old})"
+        )
+    _show_facts(console, [("run", sentence) for sentence in sentences])
+    return continue_run(folder, earlier.record, recipe, micro_batch_size=plan.micro_batch_size)
+
+
+def _checkpoints_at_a_time(recipe: Recipe, trainer: Trainer, data: PreparedData) -> int:
+    """How many will lie on the disk at most, without one in the making."""
+    wanted, steps = recipe.checkpoints, trainer.plan.steps
+    keeps_best = wanted.keep_best and data.evaluation is not None
+    if keeps_best:
+        return wanted.keep_last + 1
+    return min(wanted.keep_last, -(-steps // (wanted.every_steps or steps)))
 
 
 def _write_circumstances(folder: RunFolder, recipe: Recipe, data: PreparedData, trainer: Trainer) -> None:
@@ -155,6 +267,12 @@ class Memory:
         measured = peak_memory_bytes(self.device)
         return {"memory_predicted_bytes": self.predicted_bytes, "memory_measured_bytes": measured}
 
+    def predicted_with(self, copied_bytes: int) -> int | None:
+        """The peak of the whole run, where a copy of the state was made in host memory to be saved beside training."""
+        if self.predicted_bytes is None:
+            return None
+        return self.predicted_bytes + (copied_bytes if self.device.type == "cpu" else 0)
+
     def before_step(self) -> None:
         """Let the peak of the second step be its own, without what came before it."""
         if self.steps_seen == 1:
@@ -180,25 +298,32 @@ class Run:
     interruption: Interruption
     console: Console
     memory: Memory
+    saver: Saver
+    save_pause_seconds: list[float] = field(default_factory=list)
 
-    def to_the_end(self) -> dict[str, Any]:
-        """Train what is left, save and verify the result, and return the summary."""
+    def to_the_end(self, checkpoint: Path | None) -> dict[str, Any]:
+        """Train what is left behind ``checkpoint``, save and verify the result, and return the summary."""
         try:
-            self._train_and_record()
+            self._train_and_record(checkpoint)
+        except KeyboardInterrupt:  # the second Ctrl+C, which waits for nothing, or one before the first step
+            raise _stopped(self.interruption, "stopped the run at once", self._newest()) from None
+        try:
             return self._finish()
-        except KeyboardInterrupt:  # the second Ctrl+C, which waits for nothing
-            raise Stopped(f"stopped at once. {self._newest()}; the same command continues", by_keyboard=True) from None
+        except KeyboardInterrupt:
+            raise _stopped(self.interruption, "while the result was written", "training is done and saved") from None
 
-    def _train_and_record(self) -> None:
+    def _train_and_record(self, checkpoint: Path | None) -> None:
         with ExitStack() as stack:
             self.metrics = stack.enter_context(MetricsLog(self.folder.metrics, self.console.warn))
             self.samples = stack.enter_context(MetricsLog(self.folder.samples, self.console.warn))
-            self._continue_from_checkpoint()
+            stack.enter_context(self.saver)
+            self._continue_from(checkpoint)
             self.trackers = self._open_trackers()
             stack.callback(self.trackers.finish)
             try:
                 rehearse(self.trainer)
-                self._train()
+                with self.interruption.deferring():
+                    self._train()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -206,24 +331,16 @@ class Run:
             except DivergedError as error:
                 raise DivergedError(f"after step {self.trainer.counters.step}: {error}. {self._newest()}") from error
 
-    def _continue_from_checkpoint(self) -> None:
-        found, skipped = newest_checkpoint(self.folder.checkpoints, self.record.run_id)
-        for sentence in skipped:
-            self.console.warn(f"{self.folder.checkpoints}: {sentence}")
-        if found is None and self.record.finished:
-            raise CheckpointError(
-                f"{self.folder.final}: finished, but its result is gone and no checkpoint is left to make it from; "
-                "--fresh trains anew"
-            )
-        if found is None:
+    def _continue_from(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
             self.metrics.truncate_to(0)
             self.samples.truncate_to(0)
             return
-        state = load_checkpoint(found)
+        state = load_checkpoint(checkpoint)
         self.trainer.restore(state)
         self.metrics.truncate_to(state.log_bytes["metrics"])
         self.samples.truncate_to(state.log_bytes["samples"])
-        _show_facts(self.console, [("run", f"continues after step {state.step}, from {found}")])
+        _show_facts(self.console, [("run", f"continues after step {state.step}, from {checkpoint}")])
 
     def _open_trackers(self) -> Trackers:
         return open_trackers(
@@ -237,11 +354,14 @@ class Run:
 
     def _train(self) -> None:
         """The loop, with what happens between steps written out."""
-        counters, steps = self.trainer.counters, self.trainer.plan.steps
+        steps = self.trainer.plan.steps
         with TrainingView(self.console) as view:
             self._evaluate_if_due(view)
             for report in train(self.trainer, self.interruption.requested):
+                self.saver.check()
                 numbers = json_numbers(report) | self.memory.after_step()
+                if self.save_pause_seconds:
+                    numbers["save_pause_seconds"] = self.save_pause_seconds.pop()
                 self.metrics.append(numbers)
                 self.trackers.log(report.step, numbers)
                 if report.result.skipped:
@@ -257,7 +377,8 @@ class Run:
                 self._evaluate_if_due(view)
                 self._save_if_due()
                 self.memory.before_step()
-        if counters.step < steps:
+        self.saver.wait()
+        if self.interruption.requested():
             self._stop()
 
     def _evaluate_if_due(self, view: TrainingView) -> None:
@@ -318,36 +439,33 @@ class Run:
         if at_interval or is_best or counters.step == self.trainer.plan.steps:
             self._save()
 
-    def _save(self) -> Path:
-        """Commit the full training state, then let older checkpoints go."""
+    def _save(self) -> None:
+        """Begin to commit the full training state; older checkpoints go after that."""
         self.metrics.sync()
         self.samples.sync()
         state = self.trainer.state(
             {"metrics": self.metrics.length_bytes, "samples": self.samples.length_bytes},
         )
-        saved = save_checkpoint(self.folder.checkpoints, self.record.run_id, state)
         keep = self.read.recipe.checkpoints
-        retire_checkpoints(
-            self.folder.checkpoints,
-            self.record.run_id,
-            keep_last=keep.keep_last,
-            best_step=self.trainer.counters.best_step if keep.keep_best else None,
-        )
-        return saved
+        retention = Retention(keep.keep_last, self.trainer.counters.best_step if keep.keep_best else None)
+        self.save_pause_seconds = [self.saver.save(state, retention)]
 
     def _stop(self) -> NoReturn:
         """Save what there is and end with the exit code of the signal."""
         signal = self.interruption.received
         assert signal is not None
-        saved = self._save()
+        self._save()
+        self.saver.wait()
         counters = self.trainer.counters
         raise Stopped(
-            f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in {saved}; "
+            f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in "
+            f"{self.folder.checkpoints / step_name(counters.step)}; "
             f"to continue: trainkit fine-tune {shlex.quote(str(self.folder.recipe))}",
             by_keyboard=signal is Signals.SIGINT,
         )
 
     def _newest(self) -> str:
+        self.saver.settle()
         found, _ = newest_checkpoint(self.folder.checkpoints, self.record.run_id)
         return f"Newest good checkpoint: {found}" if found else "No checkpoint was saved yet"
 
@@ -355,6 +473,7 @@ class Run:
         plan, counters = self.trainer.plan, self.trainer.counters
         if counters.step:
             self._save()
+            self.saver.wait()
         return (
             f"training.micro_batch_size: {plan.micro_batch_size} rows of {self.trainer.packing.sequence_length} tokens "
             f"do not fit in the memory of {self.trainer.accelerator.device}; set it smaller, or "
@@ -387,8 +506,10 @@ class Run:
             "eval_loss_before": counters.eval_loss_before,
             "eval_loss_after": counters.eval_loss,
             "trained_tokens": counters.trained_tokens,
-            "peak_memory_predicted_bytes": self.memory.predicted_bytes,
+            "peak_memory_predicted_bytes": self.memory.predicted_with(self.saver.copied_bytes),
             "peak_memory_measured_bytes": measured_bytes,
+            "checkpoints": self.saver.checkpoints,
+            "save_paused_seconds": self.saver.paused_seconds,
             "ledger": ledger.to_json(),
         }
         summary |= _exact_match(self.folder)
@@ -416,6 +537,10 @@ class Run:
             )
         predicted, measured = summary["peak_memory_predicted_bytes"], summary["peak_memory_measured_bytes"]
         said = "not predicted" if predicted is None else f"{predicted / 2**20:,.0f} MiB predicted"
+        if self.saver.checkpoints:
+            size, paused = self.saver.size_bytes / 2**20, self.saver.paused_seconds
+            made = f"{self.saver.checkpoints} checkpoint{'s' * (self.saver.checkpoints > 1)} of {size:,.1f} MiB"
+            facts.append(("saving", f"{made}; training paused {paused:.2f} s for them"))
         facts.append(("memory", f"peak {measured / 2**20:,.0f} MiB measured, {said}"))
         facts.append(("done", f"{self.folder.final} · report: {self.folder.report}"))
         _show_facts(self.console, facts)

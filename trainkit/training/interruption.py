@@ -1,26 +1,30 @@
-"""Signals that ask a run to stop, turned into a flag that the loop looks at between micro-batches."""
+"""Signals that ask a run to stop: at once where nothing is lost, else as a flag that the loop looks at."""
 
 from __future__ import annotations
 
 import signal
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is SLURM's customary warning before the time limit
 
 
 class Interruption:
-    """While entered, the first SIGTERM, SIGINT or SIGUSR1 sets ``received``; a second SIGINT stops at once.
+    """While entered, SIGTERM, SIGINT and SIGUSR1 raise KeyboardInterrupt, and ``received`` says which it was.
 
-    Works in the main thread only, as Python's signal handlers do. ``on_first`` is called with the first signal from
-    inside the handler, so that it must not use what the interrupted code may hold: no buffered stream, no lock.
+    Inside :meth:`deferring` the first one only sets ``received``; a second SIGINT stops at once.
+
+    Works in the main thread only, as Python's signal handlers do. ``on_first`` is called with the first deferred signal
+    from inside the handler, so that it must not use what the interrupted code may hold: no buffered stream, no lock.
     """
 
     def __init__(self, on_first: Callable[[signal.Signals], None]) -> None:
         self._on_first = on_first
+        self._deferring = False
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -35,13 +39,23 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type] # what signal.signal itself returned
 
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """What runs here looks at :meth:`requested` often, and has something to save."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
+        before, self.received = self.received, signal.Signals(number)
+        if not self._deferring or (before is signal.SIGINT and number == signal.SIGINT):
             raise KeyboardInterrupt
-        first = self.received is None
-        self.received = signal.Signals(number)
-        if first:
+        if before is None:
             self._on_first(self.received)
+        else:
+            self.received = before
 
     def requested(self) -> bool:
         """Whether a signal came."""

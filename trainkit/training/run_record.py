@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from trainkit.errors import CheckpointError, MachineError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
-from trainkit.run_folder import RunFolder, write_atomically, write_json
+from trainkit.run_folder import RunFolder, fsync_folder, write_atomically, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from trainkit.recipe.schema import Recipe
 
 FORMAT = 1
-# What may differ between a run and its continuation: where it lies, what is looked at, what is kept.
+# What may differ between a run and its continuation. Where it lies, what is looked at, what is kept:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
+# How long it goes on:
+LENGTH = ("training.steps", "training.epochs")
+# How a step is fitted into memory, which changes no number but for rounding:
+FITTING = ("training.micro_batch_size", "model.activation_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,17 @@ def check_output(output_dir: str) -> RunFolder:
             raise MachineError(f"output_dir: {output_dir} {which}; name a new folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise MachineError(f"output_dir: {output_dir} cannot be written: no permission in {there}")
-        taken = root.is_dir() and any(path.name != folder.lock.name for path in root.iterdir())
+        taken = root.is_dir() and not all(_is_of_a_beginning(path, folder) for path in root.iterdir())
     except OSError as error:
         raise MachineError(f"output_dir: {output_dir} cannot be used: {error.strerror}") from error
     if taken and not folder.marker.is_file():
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
     return folder
+
+
+def _is_of_a_beginning(path: Path, folder: RunFolder) -> bool:
+    """Whether this is what a process leaves that is killed before it has written the mark of its run."""
+    return path.name == folder.lock.name or path.name.startswith(f".{folder.marker.name}.")
 
 
 @contextmanager
@@ -145,9 +154,14 @@ def begin_run(folder: RunFolder, recipe: Recipe, *, data_key: str, base_model: s
     record = RunRecord(
         run_id=secrets.token_hex(8), data_key=data_key, base_model=base_model, micro_batch_size=micro_batch_size
     )
-    write_atomically(folder.recipe, recipe_as_yaml(replace(recipe, output_dir=str(folder.root))))
-    write_record(folder, record)
+    write_record(folder, record)  # first: a folder that holds anything else without it is not known as ours
+    _write_recipe(folder, recipe)
+    fsync_folder(folder.root.parent)
     return record
+
+
+def _write_recipe(folder: RunFolder, recipe: Recipe) -> None:
+    write_atomically(folder.recipe, recipe_as_yaml(replace(recipe, output_dir=str(folder.root))))
 
 
 def write_record(folder: RunFolder, record: RunRecord) -> None:
@@ -162,9 +176,16 @@ def finish_run(folder: RunFolder, record: RunRecord) -> RunRecord:
     return finished
 
 
-def check_continuation(folder: RunFolder, record: RunRecord, recipe: Recipe, *, data_key: str, base_model: str) -> None:
-    """Raise CheckpointError, naming what differs, when the run in ``folder`` is not the one that is asked for."""
-    differing = recipe_differences(read_recipe(str(folder.recipe)).recipe, recipe)
+def check_continuation(
+    folder: RunFolder, record: RunRecord, recipe: Recipe, *, data_key: str, base_model: str
+) -> list[str]:
+    """What the recipe changes for the rest of the run in ``folder``, as ``key: before → after``.
+
+    Raises CheckpointError, naming what differs, when it is not that run.
+    """
+    before = read_recipe(str(folder.recipe)).recipe
+    changed = recipe_differences(before, recipe)
+    differing = [line for key, line in changed.items() if key not in LENGTH + FITTING]
     if not differing and record.data_key != data_key:
         differing = ["the data, the tokenizer or the chat template (their content, not the recipe)"]
     if not differing and record.base_model != base_model:
@@ -174,16 +195,37 @@ def check_continuation(folder: RunFolder, record: RunRecord, recipe: Recipe, *, 
             f"{folder.root}: holds a run that differs in {'; '.join(differing)}. Give the same recipe to continue it, "
             "--fresh to put it aside, or another output_dir"
         )
+    return list(changed.values())
 
 
-def recipe_differences(before: Recipe, after: Recipe) -> list[str]:
-    """The keys that may not change on a resume and do, as ``key: before → after``."""
+def recipe_differences(before: Recipe, after: Recipe) -> dict[str, str]:
+    """The keys that differ and are not free to change on a resume, each with ``key: before → after``."""
     old, new = _flat(asdict(before)), _flat(asdict(after))
-    return [
-        f"{key}: {old.get(key)} → {new.get(key)}"
+    return {
+        key: f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_TO_CHANGE
-    ]
+    }
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a recipe.
+
+    >>> _shown(None), _shown(True), _shown(2e-4)
+    ('null', 'true', '0.0002')
+    """
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def continue_run(folder: RunFolder, record: RunRecord, recipe: Recipe, *, micro_batch_size: int) -> RunRecord:
+    """Note what the rest of the run does by another recipe; it is not finished then.
+
+    Killed between the two, the next call finds the same differences again.
+    """
+    continued = replace(record, micro_batch_size=micro_batch_size, finished=False)
+    write_record(folder, continued)
+    _write_recipe(folder, recipe)
+    return continued
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

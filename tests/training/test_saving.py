@@ -1,0 +1,198 @@
+"""Saving beside training: what is written is the state of its step, and a failure is said and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.test_checkpoint import RUN, assert_same, state_at
+from trainkit import run_folder
+from trainkit.errors import MachineError
+from trainkit.training import checkpoint, saving
+from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint
+from trainkit.training.retention import Retention
+from trainkit.training.saving import SMALL_FILES_BYTES, Saver, check_space
+
+KEEP = Retention(keep_last=2)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_the_state_of_its_step_is_saved_though_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, may_write = state_at(1), threading.Event()
+    expected = state.on_host()
+    real = saving.write_checkpoint
+    monkeypatch.setattr(saving, "write_checkpoint", lambda *args: (may_write.wait(), real(*args))[1])
+    with Saver(tmp_path / "checkpoints", RUN) as saver:
+        saver.save(state, KEEP)
+        for weight in state.weights.values():
+            weight.zero_()
+        for entry in state.optimizer["state"].values():
+            entry["exp_avg"].zero_()
+        assert not (tmp_path / "checkpoints" / "step-000001").exists()
+        may_write.set()
+    loaded = load_checkpoint(tmp_path / "checkpoints" / "step-000001")
+    assert_same(dict(expected.weights), loaded.weights)
+    assert_same(expected.optimizer["state"], loaded.optimizer["state"])
+    assert saver.checkpoints == 1
+    assert saver.copied_bytes == saver.size_bytes == state.tensor_bytes() > 0
+
+
+def test_one_at_a_time_in_order_and_old_ones_go(tmp_path: Path) -> None:
+    with Saver(tmp_path, RUN) as saver:
+        for step in range(1, 6):
+            saver.save(state_at(step), KEEP)
+    assert names(tmp_path) == ["step-000004", "step-000005"]
+    assert saver.checkpoints == 5
+    assert 0 < saver.paused_seconds
+
+
+def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "SPARE_MEMORY", 1e12)
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state_at(1), KEEP)
+        assert names(tmp_path) == ["step-000001"]
+        assert saver.copied_bytes == 0
+
+
+def test_a_failure_beside_training_is_raised_by_the_next_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state_at(1), KEEP)
+        saver.wait()
+        monkeypatch.setattr(saving, "write_checkpoint", broken)
+        saver.save(state_at(2), KEEP)
+        saver.settle()
+        with pytest.raises(MachineError, match=r"checkpoint of step 2 .*Input/output error; newest good one: .*000001"):
+            saver.check()
+        saver.check()
+
+
+def test_a_bug_in_the_other_thread_is_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(saving, "write_checkpoint", broken)
+    saver = Saver(tmp_path, RUN)
+    saver.save(state_at(1), KEEP)
+    with pytest.raises(ZeroDivisionError):
+        saver.wait()
+
+
+def test_the_second_ctrl_c_waits_for_nothing_and_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 64)
+    real = run_folder.os.fsync
+    monkeypatch.setattr(run_folder.os, "fsync", lambda descriptor: (time.sleep(0.2), real(descriptor)))
+    saver = Saver(tmp_path, RUN)
+
+    def interrupted() -> None:
+        with saver:
+            saver.save(replace(state_at(1), weights={"large": torch.zeros(2**16)}), KEEP)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == []
+
+
+def test_a_real_write_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+    state = replace(state_at(2), weights={"large": torch.zeros(100_000)})
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state_at(1), KEEP)
+        saver.wait()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            saver.save(state, KEEP)
+            with pytest.raises(MachineError, match=r"could not be saved: File too large; newest good one: .*000001"):
+                saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["step-000001"]
+
+
+# Room on the disk
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Make the file system say how much is free."""
+    real = os.statvfs
+
+    def only(size_bytes: int) -> None:
+        def statvfs(path: Any) -> Any:
+            fields = list(real(path))
+            fields[1], fields[4] = 1, size_bytes  # f_frsize, f_bavail
+            return os.statvfs_result(fields)
+
+        monkeypatch.setattr(saving.os, "statvfs", statvfs)
+
+    yield only
+
+
+def test_without_room_the_missing_bytes_are_said(tmp_path: Path, free: Callable[[int], None]) -> None:
+    state = state_at(1)
+    free(state.tensor_bytes() + SMALL_FILES_BYTES - 7)
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state, KEEP)
+        with pytest.raises(
+            MachineError, match=r"No space left on device \(7 bytes more are needed\); there is none yet"
+        ):
+            saver.wait()
+    assert names(tmp_path) == []
+
+
+def test_where_it_is_tight_older_ones_go_first_and_the_newest_stays(
+    tmp_path: Path, free: Callable[[int], None]
+) -> None:
+    with Saver(tmp_path, RUN) as saver:
+        for step in (1, 2, 3):
+            saver.save(state_at(step), Retention(keep_last=3))
+        saver.wait()
+        free(0)
+        saver.save(state_at(4), Retention(keep_last=3, best_step=1))
+        with pytest.raises(MachineError, match=r"No space left.*newest good one: .*step-000003"):
+            saver.wait()
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+    assert newest_checkpoint(tmp_path, RUN) == (tmp_path / "step-000003", [])
+
+
+def test_what_a_run_leaves_must_fit_before_it_begins(tmp_path: Path, free: Callable[[int], None]) -> None:
+    weights = {"w": torch.zeros(1000)}
+    one = 4000 + 8000 + SMALL_FILES_BYTES
+    for optimizer, state in (("adamw", one), ("sgd", one - 8000)):
+        free(3 * state + 4000)
+        check_space(tmp_path / "not" / "yet", None, weights, optimizer=optimizer, checkpoints=2)
+        free(3 * state + 4000 - 5)
+        with pytest.raises(MachineError, match=r"2 checkpoints.*; free 5 bytes, or set checkpoints\.keep_last lower"):
+            check_space(tmp_path / "not" / "yet", None, weights, optimizer=optimizer, checkpoints=2)
+
+
+def test_what_its_own_checkpoints_take_counts_as_free(tmp_path: Path, free: Callable[[int], None]) -> None:
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state_at(1), KEEP)
+    own = sum(path.stat().st_size for path in (tmp_path / "step-000001").iterdir())
+    needed = 3 * SMALL_FILES_BYTES + 3 * 400 + 400
+    free(needed - own)
+    weights = {"w": torch.zeros(100)}
+    check_space(tmp_path, RUN, weights, optimizer="sgd", checkpoints=2)
+    with pytest.raises(MachineError):
+        check_space(tmp_path, "another", weights, optimizer="sgd", checkpoints=2)

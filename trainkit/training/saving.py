@@ -1,0 +1,205 @@
+"""Saving beside training: a copy of the state in host memory, and a thread that writes it while the next steps run.
+
+Training pauses for the copy, and for an earlier save that is still under way. Where there is no memory for a copy, it
+pauses for the whole save. A checkpoint is committed by its last rename, so that a kill at any moment, in this thread or
+in the other, leaves the earlier ones as they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+import psutil
+
+from trainkit.errors import MachineError
+from trainkit.run_folder import fsync_folder
+from trainkit.training.checkpoint import (
+    SavingAbandoned,
+    newest_checkpoint,
+    problems_of,
+    step_folders,
+    write_checkpoint,
+)
+from trainkit.training.retention import Retention, delete_oldest, retire_checkpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    import torch
+
+    from trainkit.training.checkpoint import TrainingState
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+SMALL_FILES_BYTES = 2**17  # JSON, generator states, rounding up to blocks
+SPARE_MEMORY = 1.25  # times the copy must be free, so that it is not what makes a run swap
+MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "sgd": 0.0}  # a trained parameter, about
+
+
+class Saver:
+    """Writes checkpoints of one run under ``root``, one at a time, in order.
+
+    A context manager: leaving it waits for a save under way, unless the reason is the second Ctrl+C, which waits for
+    nothing.
+
+    ``paused_seconds`` is the time in which no step ran because of saving; ``checkpoints`` were committed, which took
+    ``written_seconds``, beside training or not; ``size_bytes`` are the tensors of the last, and
+    ``copied_bytes`` those of the largest copy.
+    """
+
+    def __init__(self, root: Path, run_id: str) -> None:
+        self._root = root
+        self._run_id = run_id
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._abandoned = threading.Event()
+        self.paused_seconds = 0.0
+        self.written_seconds = 0.0
+        self.checkpoints = 0
+        self.size_bytes = 0
+        self.copied_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._abandoned.set()
+        self._join()
+
+    def save(self, state: TrainingState, retention: Retention) -> float:
+        """Begin to save ``state``; returns how many seconds training paused for it.
+
+        Raises MachineError when an earlier save failed, or this one where nothing goes on beside it.
+        """
+        started = time.perf_counter()
+        self.wait()
+        if state.tensor_bytes() * SPARE_MEMORY <= psutil.virtual_memory().available:
+            self._thread = threading.Thread(
+                target=self._save_noting_failure, args=(state.on_host(), retention), name="saving", daemon=True
+            )
+            self._thread.start()
+            self.copied_bytes = max(self.copied_bytes, state.tensor_bytes())
+        else:
+            self._save(state, retention)
+        paused = time.perf_counter() - started
+        self.paused_seconds += paused
+        return paused
+
+    def wait(self) -> None:
+        """Return when nothing is being saved. Raises MachineError when the save failed."""
+        self._join()
+        self.check()
+
+    def settle(self) -> None:
+        """Return when nothing is being saved; a failure is kept for :meth:`check`."""
+        self._join()
+
+    def check(self) -> None:
+        """Raise MachineError when a save beside training has failed."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _save_noting_failure(self, state: TrainingState, retention: Retention) -> None:
+        try:
+            self._save(state, retention)
+        except SavingAbandoned:
+            pass
+        except BaseException as error:  # raised in the other thread
+            self._failure = error
+
+    def _save(self, state: TrainingState, retention: Retention) -> None:
+        started = time.perf_counter()
+        size_bytes = state.tensor_bytes()
+        try:
+            _make_folder(self._root)
+            self._write(state, retention, size_bytes)
+            retire_checkpoints(self._root, self._run_id, retention, state.step)
+        except OSError as error:
+            raise MachineError(self._failed(error, state, size_bytes)) from error
+        self.checkpoints += 1
+        self.written_seconds += time.perf_counter() - started
+        self.size_bytes = size_bytes
+
+    def _write(self, state: TrainingState, retention: Retention, size_bytes: int) -> None:
+        """Write the checkpoint; where there is no room for it, older ones that need not stay go first."""
+        while True:
+            try:
+                _check_room(self._root, size_bytes)
+                write_checkpoint(self._root, self._run_id, state, self._abandoned.is_set)
+            except OSError as error:
+                if error.errno not in FULL or not delete_oldest(self._root, self._run_id, retention, state.step):
+                    raise
+            else:
+                return
+
+    def _failed(self, error: OSError, state: TrainingState, size_bytes: int) -> str:
+        what = error.strerror or type(error).__name__
+        if error.errno in FULL:
+            missing = max(_missing_bytes(self._root, size_bytes), 1)
+            what = f"{what} ({missing:,} bytes more are needed)"
+        newest, _ = newest_checkpoint(self._root, self._run_id)
+        kept = f"newest good one: {newest}" if newest else "there is none yet"
+        return (
+            f"{self._root}: the checkpoint of step {state.step} ({size_bytes / 2**20:.1f} MiB) could not be saved: "
+            f"{what}; {kept}. Mend that, then give the same command again"
+        )
+
+
+def _make_folder(root: Path) -> None:
+    if not root.is_dir():
+        root.mkdir(parents=True)
+        fsync_folder(root.parent)
+
+
+def _check_room(root: Path, size_bytes: int) -> None:
+    if _missing_bytes(root, size_bytes) > 0:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _missing_bytes(root: Path, size_bytes: int) -> int:
+    """How much more must be free for a checkpoint with this many bytes of tensors."""
+    there = os.statvfs(root)
+    return size_bytes + SMALL_FILES_BYTES - there.f_bavail * there.f_frsize
+
+
+def check_space(
+    folder: Path, run_id: str | None, weights: Mapping[str, torch.Tensor], *, optimizer: str, checkpoints: int
+) -> None:
+    """Raise MachineError when what a run will leave in ``folder`` does not fit on its disk.
+
+    That is ``checkpoints`` at a time, one that is being written, and the result. ``folder`` may not exist yet; what the
+    checkpoints of ``run_id`` take already counts as free, since they are among those.
+    """
+    parameters = sum(weight.numel() for weight in weights.values())
+    state_bytes = int(sum(weight.nbytes for weight in weights.values()) + parameters * MOMENTS_BYTES[optimizer])
+    result_bytes = sum(weight.nbytes for weight in weights.values())
+    needed = (checkpoints + 1) * (state_bytes + SMALL_FILES_BYTES) + result_bytes
+    there = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
+    free = there.f_bavail * there.f_frsize + _own_bytes(folder, run_id)
+    if free < needed:
+        raise MachineError(
+            f"output_dir: {folder}: {checkpoints} checkpoints, one in the making and the result take "
+            f"{needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free; free {needed - free:,} bytes, or set "
+            "checkpoints.keep_last lower"
+        )
+
+
+def _own_bytes(folder: Path, run_id: str | None) -> int:
+    if run_id is None:
+        return 0
+    own = [path for path in step_folders(folder) if problems_of(path, run_id, checksums=False) is None]
+    return sum(file.stat().st_size for path in own for file in path.iterdir())
