@@ -50,7 +50,7 @@ def test_what_is_not_ours_is_not_touched(tmp_path: Path) -> None:
     elsewhere = tmp_path.with_name("elsewhere")
     write(tmp_path, 0).rename(elsewhere)
     (tmp_path / "step-000000").symlink_to(elsewhere)
-    before = [path for path in elsewhere.iterdir()]
+    before = list(elsewhere.iterdir())
     (tmp_path / ".step-000009.0a1b2c3d.partial").mkdir()
     (tmp_path / ".step-000009.0a1b2c3d.partial" / "owner.json").write_text('{"run_id": "another", "step": 9}')
     retire_checkpoints(tmp_path, RUN, Retention(keep_last=1), newest_step=3)

@@ -7,7 +7,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from tests.training.test_checkpoint import RUN, assert_same, state_at
-from trainkit import run_folder
 from trainkit.errors import MachineError
 from trainkit.training import checkpoint, saving
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint
@@ -58,7 +57,7 @@ def test_one_at_a_time_in_order_and_old_ones_go(tmp_path: Path) -> None:
             saver.save(state_at(step), KEEP)
     assert names(tmp_path) == ["step-000004", "step-000005"]
     assert saver.checkpoints == 5
-    assert 0 < saver.paused_seconds
+    assert saver.paused_seconds > 0
 
 
 def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +98,13 @@ def test_the_second_ctrl_c_waits_for_nothing_and_leaves_nothing_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 64)
-    real = run_folder.os.fsync
-    monkeypatch.setattr(run_folder.os, "fsync", lambda descriptor: (time.sleep(0.2), real(descriptor)))
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.2)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
     saver = Saver(tmp_path, RUN)
 
     def interrupted() -> None:
@@ -133,7 +137,7 @@ def test_a_real_write_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_pat
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Make the file system say how much is free."""
     real = os.statvfs
 
@@ -143,9 +147,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
             fields[1], fields[4] = 1, size_bytes  # f_frsize, f_bavail
             return os.statvfs_result(fields)
 
-        monkeypatch.setattr(saving.os, "statvfs", statvfs)
+        monkeypatch.setattr(os, "statvfs", statvfs)
 
-    yield only
+    return only
 
 
 def test_without_room_the_missing_bytes_are_said(tmp_path: Path, free: Callable[[int], None]) -> None:
