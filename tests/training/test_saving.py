@@ -34,7 +34,7 @@ def test_the_state_of_its_step_is_saved_though_training_goes_on(
 ) -> None:
     state, may_write = state_at(1), threading.Event()
     expected = state.on_host()
-    real = saving.write_checkpoint
+    real = checkpoint.write_checkpoint
     monkeypatch.setattr(saving, "write_checkpoint", lambda *args: (may_write.wait(), real(*args))[1])
     with Saver(tmp_path / "checkpoints", RUN) as saver:
         saver.save(state, KEEP)
