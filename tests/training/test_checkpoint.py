@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from trainkit.training import checkpoint
 from trainkit.training.checkpoint import (
     SavingAbandoned,
+    Share,
     TrainingState,
     load_checkpoint,
     newest_checkpoint,
     problems_of,
+    staging_name,
     write_checkpoint,
 )
 from trainkit.training.random_state import capture_random_state, restore_random_state, seed_everything
@@ -34,7 +38,7 @@ def state_at(step: int) -> TrainingState:
         weights={name: weight.detach() for name, weight in model.named_parameters()},
         optimizer=optimizer.state_dict(),
         scaler={"scale": 1024.0, "_growth_tracker": 3},
-        random=capture_random_state(),
+        random=(capture_random_state(),),
         counters={"step": step, "best_eval_loss": 0.1 + 0.2},
         log_bytes={"metrics": 17},
     )
@@ -58,15 +62,19 @@ def assert_same(left: Any, right: Any) -> None:
 def test_comes_back_bit_by_bit(tmp_path: Path) -> None:
     state = state_at(7)
     loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, state))
-    assert_same(vars(state) | {"random": vars(state.random)}, vars(loaded) | {"random": vars(loaded.random)})
+    assert_same(dict(state.weights), dict(loaded.weights))
+    assert_same(state.optimizer, loaded.optimizer_state())
+    assert_same([vars(one) for one in state.random], [vars(one) for one in loaded.random])
+    for name in ("step", "scaler", "counters", "log_bytes"):
+        assert_same(getattr(state, name), getattr(loaded, name))
 
 
 def test_an_optimizer_continues_from_it_as_if_nothing_had_happened(tmp_path: Path) -> None:
     loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, state_at(7)))
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    optimizer.load_state_dict(dict(loaded.optimizer))
-    assert_same(optimizer.state_dict(), loaded.optimizer)
+    optimizer.load_state_dict(loaded.optimizer_state())
+    assert_same(optimizer.state_dict(), loaded.optimizer_state())
 
 
 def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
@@ -174,7 +182,66 @@ def test_every_type_of_tensor_is_read_back_by_safetensors(tmp_path: Path) -> Non
     weights = {str(one): torch.arange(5).to(one) for one in [*types, torch.int8, torch.uint8, torch.bool]}
     weights |= {"none": torch.zeros(0, 3), "number": torch.tensor(2.5), "strided": torch.arange(12.0).view(3, 4).T}
     loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, replace(state_at(1), weights=weights)))
-    assert_same(weights, loaded.weights)
+    assert_same(weights, dict(loaded.weights))
+
+
+def shares_of(state: TrainingState, processes: int) -> list[TrainingState]:
+    """The state as several processes hold it: every matrix is cut by rows, as torch cuts them."""
+    shares = []
+    for rank in range(processes):
+
+        def part(tensor: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            most = -(-tensor.shape[0] // processes)
+            return tensor[min(rank * most, tensor.shape[0]) :][:most]
+
+        entries = state.optimizer["state"]
+        cut = {index: {n: part(t) if t.ndim else t for n, t in entry.items()} for index, entry in entries.items()}
+        first = {name: min(rank * -(-t.shape[0] // processes), t.shape[0]) for name, t in state.weights.items()}
+        share = Share(
+            rank=rank,
+            processes=processes,
+            weight_rows={name: (first[name], tensor.shape[0]) for name, tensor in state.weights.items()},
+            optimizer_rows={
+                f"{index}.{name}": (min(rank * -(-t.shape[0] // processes), t.shape[0]), t.shape[0])
+                for index, entry in entries.items()
+                for name, t in entry.items()
+                if t.ndim
+            },
+        )
+        weights = {name: part(tensor) for name, tensor in state.weights.items()}
+        shares.append(replace(state, weights=weights, optimizer={**state.optimizer, "state": cut}, share=share))
+    return shares
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_shares_of_several_processes_are_one_checkpoint(tmp_path: Path, processes: int) -> None:
+    state = state_at(7)
+    shares = shares_of(state, processes)
+    staging = staging_name(tmp_path, RUN, 7)
+    with ThreadPoolExecutor(processes) as pool:
+        saved = [pool.submit(write_checkpoint, tmp_path, RUN, share, staging=staging) for share in reversed(shares)]
+        folder = {future.result() for future in saved}.pop()
+    assert problems_of(folder, RUN) is None
+    loaded = load_checkpoint(folder)
+    assert_same(dict(state.weights), dict(loaded.weights))
+    assert_same(state.optimizer, loaded.optimizer_state())
+    for name, weight in state.weights.items():
+        for first in range(weight.shape[0] + 1):
+            for behind in range(first, weight.shape[0] + 1):
+                assert torch.equal(loaded.weights.read(name, first, behind), weight[first:behind])
+    (folder / f"weights-00002-of-{processes:05d}.safetensors").unlink()
+    assert problems_of(folder, RUN) == f"weights-00002-of-{processes:05d}.safetensors is missing"
+
+
+def test_a_process_that_never_saves_its_share_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PART_SECONDS", 0.2)
+    first, second = shares_of(state_at(7), 2)
+    for share in (first, second):
+        with pytest.raises(OSError, match="do all machines see this folder"):
+            write_checkpoint(tmp_path, RUN, share, staging=staging_name(tmp_path, RUN, 7))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_generator_continues_where_it_stood() -> None:

@@ -23,7 +23,7 @@ def write(root: Path, step: int, run_id: str = RUN) -> Path:
         weights={"w": torch.full((4,), float(step))},
         optimizer={"state": {}, "param_groups": []},
         scaler=None,
-        random=RandomState({}, {}),
+        random=(RandomState({}, {}),),
         counters={},
         log_bytes={},
     )

@@ -114,6 +114,14 @@ class LossModel(nn.Module):
             output = _base(self.model)(input_ids=input_ids_RT, position_ids=position_ids_RT, use_cache=False)
         return cast("torch.Tensor", output.logits).float()
 
+    def generate(self, **arguments: Any) -> torch.Tensor:
+        """Transformers' own ``generate``; whoever calls it sets the precision. Returns token ids, shape (R, T)."""
+        return cast("torch.Tensor", self.model.generate(**arguments))
+
+    def find_head(self) -> None:
+        """Verify anew how logits are made; see :func:`verify_head`."""
+        self.head = verify_head(self.model, self.precision)
+
     def _head_loss(self, base: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         head = base.get_output_embeddings()
         if labels_N.numel() * base.config.get_text_config().vocab_size <= _PLAIN_LOGITS:

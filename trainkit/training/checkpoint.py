@@ -7,41 +7,49 @@ file, is written; one rename publishes it. What has no manifest of this run that
     owner.json              run id; written first, so that an unfinished folder is known as ours
     weights.safetensors     the weights that train, by parameter name
     optimizer.safetensors   optimizer tensors, named <parameter index>.<name>
-    random.safetensors      generator states
+    random.safetensors      generator states, named <rank>.<name>
     state.json              step, counters, loss scale, optimizer numbers, lengths of the log files
     manifest.json           format, run id, step, sizes, checksums
+
+Where weights are shared out over N processes, each writes its rows (of the first dimension) into files of its own,
+``weights-00001-of-00002.safetensors``; which rows they are stands in their metadata. It then leaves a list of them,
+``part-00002.json``; the first process waits for those lists, writes the one manifest and publishes. Whoever reads takes
+the rows that it needs from whichever files hold them, so that the number of processes may be another.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
 import secrets
+import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from trainkit.errors import CheckpointError
 from trainkit.run_folder import Written, fsync_folder, write_new_file
-from trainkit.training.random_state import RandomState
+from trainkit.training.random_state import RandomState, side_by_side, taken_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 STAGING_FOLDER = re.compile(r"\.step-\d{6,}\.[0-9a-f]{8}\.partial")
-OWNER, MANIFEST, STATE = "owner.json", "manifest.json", "state.json"
-WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
+OWNER, MANIFEST, STATE, RANDOM = "owner.json", "manifest.json", "state.json", "random.safetensors"
 RETIRED = "retired.json"  # what the manifest is called while a checkpoint is being deleted
-LISTED = (STATE, RANDOM, OPTIMIZER, WEIGHTS, OWNER)
-"""The files that a manifest lists, in the order in which they are deleted."""
+TENSORS = re.compile(r"(weights|optimizer)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
+PART = re.compile(r"part-\d{5}\.json")
+PART_SECONDS, POLL_SECONDS = 600, 0.05  # how long a process is waited for, and how often it is looked for
 PIECE_BYTES = 2**24  # between two pieces a writer may be told to stop
 
 _DTYPE_NAMES = {
@@ -63,20 +71,36 @@ class SavingAbandoned(Exception):  # noqa: N818 - it was asked for
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a process holds of a state whose tensors are shared out over ``processes``.
+
+    ``weight_rows`` and ``optimizer_rows``: name of a tensor that is cut → its first row here, the rows of the whole.
+    What is not cut is written by the first process.
+    """
+
+    rank: int = 0
+    processes: int = 1
+    weight_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    optimizer_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """Everything that the next step depends on, apart from what the recipe and the data already fix.
 
     ``weights``: parameter name → tensor. ``optimizer``: its ``state_dict()``. ``scaler``: fp16 loss scaling, or None.
-    ``counters``: plain numbers of the run. ``log_bytes``: length of each log file at this step.
+    ``random``: of every process, by rank. ``counters``: plain numbers of the run. ``log_bytes``: length of each log
+    file at this step. ``share``: which part of the tensors these are.
     """
 
     step: int
     weights: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, Any]
     scaler: Mapping[str, Any] | None
-    random: RandomState
+    random: tuple[RandomState, ...]
     counters: Mapping[str, Any]
     log_bytes: Mapping[str, int]
+    share: Share = Share()
 
     def tensor_bytes(self) -> int:
         """Bytes of the weights and of the optimizer's tensors: all but a few thousand of what a checkpoint takes."""
@@ -93,6 +117,81 @@ class TrainingState:
         return replace(self, weights=weights, optimizer={**self.optimizer, "state": entries})
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """A :class:`TrainingState` as it lies in a checkpoint; tensors are read when they are asked for."""
+
+    step: int
+    weights: TensorFiles
+    optimizer: TensorFiles
+    optimizer_numbers: Mapping[str, Any]
+    scaler: Mapping[str, Any] | None
+    random: tuple[RandomState, ...]
+    counters: Mapping[str, Any]
+    log_bytes: Mapping[str, int]
+
+    def optimizer_state(self, read: Callable[[str], torch.Tensor] | None = None) -> dict[str, Any]:
+        """The optimizer's ``state_dict()``, each tensor as ``read`` gives it for its name; whole where that is None."""
+        read = read or self.optimizer.__getitem__
+        numbers = self.optimizer_numbers
+        state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in numbers["state"].items()}
+        for key in self.optimizer:
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = read(key)
+        return {"state": state, "param_groups": numbers["param_groups"]}
+
+
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of one kind in a checkpoint, by name, whole or by rows, from however many files.
+
+    Raises SafetensorError and OSError as those are read.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}  # name → first row and open file of each piece
+        self._rows: dict[str, int] = {}  # of a tensor that is cut
+        for path in sorted(paths):
+            file: Any = safe_open(path, framework="pt")
+            cut = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                first, rows = cut.get(name, (0, None))
+                self._pieces.setdefault(name, []).append((first, file))
+                if rows is not None:
+                    self._rows[name] = rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
+    def read(self, name: str, first: int = 0, behind: int | None = None) -> torch.Tensor:
+        """Rows ``first`` to ``behind`` (all of them: None) of a tensor, as a copy of its own.
+
+        Raises ValueError when the files do not hold all of them.
+        """
+        pieces = sorted(self._pieces[name], key=lambda piece: piece[0])
+        if name not in self._rows and behind is None:
+            whole: torch.Tensor = pieces[0][1].get_tensor(name)
+            return whole.clone()
+        found, next_row = [], first
+        for start, file in pieces:
+            stored = file.get_slice(name)
+            end = start + stored.get_shape()[0]
+            last = end if behind is None else min(end, behind)
+            if start <= next_row < last:
+                found.append(stored[next_row - start : last - start])
+                next_row = last
+        expected = self._rows[name] if behind is None else behind
+        if next_row < expected:
+            raise ValueError(f"rows {next_row} to {expected} of {name} are in no file")
+        none: torch.Tensor = pieces[0][1].get_slice(name)[0:0]
+        return torch.cat(found) if found else none
+
+
 def _copied(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
@@ -106,29 +205,82 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def staging_name(root: Path, run_id: str, step: int) -> str | None:
+    """What the folder is called in which the checkpoint of ``step`` is made; None where this run has a whole one."""
+    if problems_of(root / step_name(step), run_id) is None:
+        return None
+    return f".{step_name(step)}.{secrets.token_hex(4)}.partial"
+
+
 def write_checkpoint(
-    root: Path, run_id: str, state: TrainingState, should_stop: Callable[[], bool] = lambda: False
+    root: Path,
+    run_id: str,
+    state: TrainingState,
+    should_stop: Callable[[], bool] = lambda: False,
+    staging: str | None = None,
 ) -> Path:
     """Write and publish the checkpoint of ``state.step`` under ``root``, an existing folder; returns its own.
 
-    Where this run has a whole checkpoint of the step already, that one stays; what else has its name is put aside.
+    ``staging`` is its name until then, the same in all processes. Where this run has a whole checkpoint of the step
+    already, that one stays; what else has its name is put aside. With several processes that hold shares, each calls
+    this; the first one returns when all is committed, the others when their share is written.
     Raises OSError as the file system does, and SavingAbandoned; earlier checkpoints are untouched and nothing
     half-written stays then.
     """
     final = root / step_name(state.step)
-    if problems_of(final, run_id) is None:
+    staging = staging or staging_name(root, run_id, state.step)
+    if staging is None:
         return final
-    staging = root / f".{final.name}.{secrets.token_hex(4)}.partial"
-    staging.mkdir()
+    folder, share = root / staging, state.share
+    if share.rank:
+        _wait_for(folder, should_stop)
+        files = _write_files(folder, _tensor_files(state, should_stop))
+        _write_files(folder, {f"part-{share.rank + 1:05d}.json": [_json_bytes(files)]})
+        fsync_folder(folder)
+        return final
+    folder.mkdir()
     try:
-        _write_files(staging, run_id, state, should_stop)
+        _write_files(folder, {OWNER: [_json_bytes({"run_id": run_id, "step": state.step})]})
+        files = _write_files(folder, _tensor_files(state, should_stop) | _common_files(state))
+        for other in range(1, share.processes):
+            part = folder / f"part-{other + 1:05d}.json"
+            _wait_for(part, should_stop)
+            files |= json.loads(part.read_bytes())
+            part.unlink()
+        files[OWNER] = _listed(Written((folder / OWNER).stat().st_size, _sha256(folder / OWNER)))
+        fsync_folder(folder)
+        manifest = {"format": FORMAT, "run_id": run_id, "step": state.step, "files": files}
+        _write_files(folder, {MANIFEST: [_json_bytes(manifest)]})
+        fsync_folder(folder)
         set_aside(final)
-        staging.rename(final)
+        folder.rename(final)
     except BaseException:
-        delete_files(staging)
+        delete_files(folder)
         raise
     fsync_folder(root)
     return final
+
+
+def _wait_for(path: Path, should_stop: Callable[[], bool]) -> None:
+    """Return when another process has made ``path``, and made it whole. Raises OSError when it takes too long."""
+    deadline = time.monotonic() + PART_SECONDS
+    while not _is_whole(path):
+        if should_stop():
+            raise SavingAbandoned
+        if time.monotonic() > deadline:
+            late = f"another process did not save its share in {PART_SECONDS} s; do all machines see this folder?"
+            raise OSError(errno.ETIMEDOUT, late)
+        time.sleep(POLL_SECONDS)
+
+
+def _is_whole(path: Path) -> bool:
+    if path.is_dir():
+        return True
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -153,7 +305,8 @@ def delete_files(folder: Path) -> bool:
     """
     with suppress(FileNotFoundError):
         (folder / MANIFEST).rename(folder / RETIRED)
-    for name in (*LISTED, RETIRED):
+    names = [path.name for path in folder.iterdir() if TENSORS.fullmatch(path.name) or PART.fullmatch(path.name)]
+    for name in (STATE, RANDOM, *names, OWNER, RETIRED):
         (folder / name).unlink(missing_ok=True)
     try:
         folder.rmdir()
@@ -172,28 +325,37 @@ def is_half_deleted(folder: Path, run_id: str) -> bool:
         return False
 
 
-def _write_files(folder: Path, run_id: str, state: TrainingState, should_stop: Callable[[], bool]) -> None:
-    optimizer_tensors, optimizer_numbers = _flatten_optimizer(state.optimizer)
+def _write_files(folder: Path, contents: Mapping[str, Iterable[bytes | memoryview]]) -> dict[str, Any]:
+    """Write new files; returns what a manifest says of them."""
+    return {name: _listed(write_new_file(folder / name, pieces)) for name, pieces in contents.items()}
+
+
+def _tensor_files(state: TrainingState, should_stop: Callable[[], bool]) -> dict[str, Iterable[bytes | memoryview]]:
+    """The files of this process's tensors; what is not cut is the first one's."""
+    optimizer, _ = _flatten_optimizer(state.optimizer)
+    share = state.share
+    suffix = f"-{share.rank + 1:05d}-of-{share.processes:05d}" if share.processes > 1 else ""
+    kinds = {"weights": (state.weights, share.weight_rows), "optimizer": (optimizer, share.optimizer_rows)}
+    return {
+        f"{kind}{suffix}.safetensors": _safetensors(
+            {name: tensor for name, tensor in tensors.items() if name in rows or share.rank == 0}, rows, should_stop
+        )
+        for kind, (tensors, rows) in kinds.items()
+    }
+
+
+def _common_files(state: TrainingState) -> dict[str, Iterable[bytes | memoryview]]:
+    _, optimizer_numbers = _flatten_optimizer(state.optimizer)
+    random_tensors, random_numbers = side_by_side(state.random)
     numbers = {
         "step": state.step,
         "counters": state.counters,
         "log_bytes": state.log_bytes,
         "optimizer": optimizer_numbers,
         "scaler": state.scaler,
-        "random": state.random.numbers,
+        "random": random_numbers,
     }
-    contents: dict[str, Iterable[bytes | memoryview]] = {
-        OWNER: [_json_bytes({"run_id": run_id, "step": state.step})],
-        WEIGHTS: _safetensors(state.weights, should_stop),
-        OPTIMIZER: _safetensors(optimizer_tensors, should_stop),
-        RANDOM: _safetensors(state.random.tensors, should_stop),
-        STATE: [_json_bytes(numbers)],
-    }
-    files = {name: _listed(write_new_file(folder / name, pieces)) for name, pieces in contents.items()}
-    fsync_folder(folder)
-    manifest = {"format": FORMAT, "run_id": run_id, "step": state.step, "files": files}
-    write_new_file(folder / MANIFEST, [_json_bytes(manifest)])
-    fsync_folder(folder)
+    return {RANDOM: _safetensors(random_tensors, {}, lambda: False), STATE: [_json_bytes(numbers)]}
 
 
 def _listed(written: Written) -> dict[str, Any]:
@@ -204,14 +366,17 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _safetensors(tensors: Mapping[str, torch.Tensor], should_stop: Callable[[], bool]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece; tensors may lie on any device.
+def _safetensors(
+    tensors: Mapping[str, torch.Tensor], rows: Mapping[str, tuple[int, int]], should_stop: Callable[[], bool]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece; tensors may lie on any device. ``rows`` as in :class:`Share`.
 
     Format: 8 bytes with the header's length, the header as JSON padded to 8, the tensors, wide types first so that each
     lies at a multiple of its width (github.com/huggingface/safetensors, "Format").
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"rows": json.dumps(dict(rows))}} if rows else {}
+    end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
         shape = list(tensor.shape)
@@ -240,14 +405,6 @@ def _flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.T
     return tensors, {"state": numbers, "param_groups": state_dict["param_groups"]}
 
 
-def _unflatten_optimizer(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in numbers["state"].items()}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": numbers["param_groups"]}
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -269,9 +426,9 @@ def problems_of(folder: Path, run_id: str, *, checksums: bool = True) -> str | N
             return "of another run"
         if step_name(manifest["step"]) != folder.name:
             return f"{MANIFEST}: of step {manifest['step']}"
-        if missing := sorted(set(LISTED) - set(files)):
+        if missing := _not_listed(files):
             return f"{MANIFEST} does not list {', '.join(missing)}"
-        if odd := sorted(set(files) - set(LISTED)):
+        if odd := sorted(name for name in files if name not in {OWNER, STATE, RANDOM} and not TENSORS.fullmatch(name)):
             return f"{MANIFEST} lists {odd[0]!r}, which is no file of a checkpoint"
         for name, expected in files.items():
             path = folder / name
@@ -288,6 +445,18 @@ def problems_of(folder: Path, run_id: str, *, checksums: bool = True) -> str | N
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
+
+
+def _not_listed(files: Iterable[str]) -> list[str]:
+    """What a checkpoint needs besides ``files``: of each kind of tensors one file, or all of N."""
+    files = set(files)
+    missing = {OWNER, STATE, RANDOM} - files
+    for kind in ("weights", "optimizer"):
+        of = {int(match[3] or 1) for name in files if (match := TENSORS.fullmatch(name)) and match[1] == kind}
+        count = max(of, default=1)
+        numbered = {f"{kind}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
+        missing |= (numbered if count > 1 else {f"{kind}.safetensors"}) - files
+    return sorted(missing)
 
 
 def newest_checkpoint(root: Path, run_id: str) -> tuple[Path | None, list[str]]:
@@ -313,16 +482,21 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def load_checkpoint(folder: Path) -> TrainingState:
-    """Read a checkpoint that :func:`problems_of` found whole. Raises CheckpointError when a file changed since."""
+def load_checkpoint(folder: Path) -> SavedState:
+    """Open a checkpoint that :func:`problems_of` found whole. Raises CheckpointError when a file changed since."""
     try:
         numbers = json.loads((folder / STATE).read_bytes())
-        return TrainingState(
+        kinds: dict[str, list[Path]] = {"weights": [], "optimizer": []}
+        for name in json.loads((folder / MANIFEST).read_bytes())["files"]:
+            if match := TENSORS.fullmatch(name):
+                kinds[match[1]].append(folder / name)
+        return SavedState(
             step=numbers["step"],
-            weights=load_file(folder / WEIGHTS),
-            optimizer=_unflatten_optimizer(_owned(load_file(folder / OPTIMIZER)), numbers["optimizer"]),
+            weights=TensorFiles(kinds["weights"]),
+            optimizer=TensorFiles(kinds["optimizer"]),
+            optimizer_numbers=numbers["optimizer"],
             scaler=numbers["scaler"],
-            random=RandomState(load_file(folder / RANDOM), numbers["random"]),
+            random=taken_apart(load_file(folder / RANDOM), numbers["random"]),
             counters=numbers["counters"],
             log_bytes=numbers["log_bytes"],
         )
@@ -330,11 +504,6 @@ def load_checkpoint(folder: Path) -> TrainingState:
         raise CheckpointError(
             f"{folder}: cannot be read: {error}; move it away to continue from an earlier one"
         ) from error
-
-
-def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies: what is loaded is a view into the file, and an optimizer takes tensors as they are."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def owner_of(folder: Path) -> str | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainkit.data.packed_store import PackedRows
     from trainkit.model.precision import PrecisionPlan
     from trainkit.recipe.schema import Packing
+    from trainkit.training.checkpoint import SavedState
 
 
 @dataclass
@@ -96,12 +97,12 @@ class Trainer:
             weights={name: weight.detach() for name, weight in self.trained_weights().items()},
             optimizer=self.optimizer.state_dict(),
             scaler=None if self.scaler is None else self.scaler.state_dict(),
-            random=capture_random_state(),
+            random=(capture_random_state(),),
             counters=asdict(self.counters),
             log_bytes=log_bytes,
         )
 
-    def restore(self, state: TrainingState) -> None:
+    def restore(self, state: SavedState) -> None:
         """Continue from ``state``. Raises CheckpointError when its weights are not those that train here."""
         weights = self.trained_weights()
         if set(weights) != set(state.weights):
@@ -112,12 +113,12 @@ class Trainer:
             )
         for name, weight in weights.items():
             weight.data.copy_(state.weights[name])
-        self.optimizer.load_state_dict(dict(state.optimizer))
+        self.optimizer.load_state_dict(state.optimizer_state())
         if self.scaler is not None and state.scaler is not None:
             self.scaler.load_state_dict(dict(state.scaler))
         known = {field.name for field in fields(Counters)}
         self.counters = Counters(**{name: value for name, value in state.counters.items() if name in known})
-        restore_random_state(state.random)
+        restore_random_state(state.random[0])
 
 
 def rows_of_step(plan: Plan, seed: int, step: int) -> list[int]:

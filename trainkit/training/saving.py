@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
@@ -21,13 +21,14 @@ from trainkit.training.checkpoint import (
     SavingAbandoned,
     newest_checkpoint,
     problems_of,
+    staging_name,
     step_folders,
     write_checkpoint,
 )
 from trainkit.training.retention import Retention, delete_oldest, retire_checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -44,17 +45,19 @@ MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "sgd": 0.0} 
 class Saver:
     """Writes checkpoints of one run under ``root``, one at a time, in order.
 
-    A context manager: leaving it waits for a save under way, unless the reason is the second Ctrl+C, which waits for
-    nothing.
+    With several processes that hold shares of the tensors, each has a Saver, and ``from_first`` brings all of them what
+    the first one gives. A context manager: leaving it waits for a save under way, unless the reason is the second
+    Ctrl+C, which waits for nothing.
 
     ``paused_seconds`` is the time in which no step ran because of saving; ``checkpoints`` were committed, which took
     ``written_seconds``, beside training or not; ``size_bytes`` are the tensors of the last, and
     ``copied_bytes`` those of the largest copy.
     """
 
-    def __init__(self, root: Path, run_id: str) -> None:
+    def __init__(self, root: Path, run_id: str, from_first: Callable[[Any], Any] = lambda value: value) -> None:
         self._root = root
         self._run_id = run_id
+        self._from_first = from_first
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._abandoned = threading.Event()
@@ -81,14 +84,18 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
+        first = state.share.rank == 0
+        staging = self._from_first(staging_name(self._root, self._run_id, state.step) if first else None)
+        if staging is None:
+            return 0.0
         if state.tensor_bytes() * SPARE_MEMORY <= psutil.virtual_memory().available:
             self._thread = threading.Thread(
-                target=self._save_noting_failure, args=(state.on_host(), retention), name="saving", daemon=True
+                target=self._save_noting_failure, args=(state.on_host(), staging, retention), name="saving", daemon=True
             )
             self._thread.start()
             self.copied_bytes = max(self.copied_bytes, state.tensor_bytes())
         else:
-            self._save(state, retention)
+            self._save(state, staging, retention)
         paused = time.perf_counter() - started
         self.paused_seconds += paused
         return paused
@@ -113,33 +120,36 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _save_noting_failure(self, state: TrainingState, retention: Retention) -> None:
+    def _save_noting_failure(self, state: TrainingState, staging: str, retention: Retention) -> None:
         try:
-            self._save(state, retention)
+            self._save(state, staging, retention)
         except SavingAbandoned:
             pass
         except BaseException as error:  # raised in the other thread
             self._failure = error
 
-    def _save(self, state: TrainingState, retention: Retention) -> None:
+    def _save(self, state: TrainingState, staging: str, retention: Retention) -> None:
         started = time.perf_counter()
         size_bytes = state.tensor_bytes()
         try:
-            _make_folder(self._root)
-            self._write(state, retention, size_bytes)
-            retire_checkpoints(self._root, self._run_id, retention, state.step)
+            if state.share.rank:
+                write_checkpoint(self._root, self._run_id, state, self._abandoned.is_set, staging)
+            else:
+                _make_folder(self._root)
+                self._write(state, staging, retention, size_bytes * state.share.processes)
+                retire_checkpoints(self._root, self._run_id, retention, state.step)
         except OSError as error:
             raise MachineError(self._failed(error, state, size_bytes)) from error
         self.checkpoints += 1
         self.written_seconds += time.perf_counter() - started
         self.size_bytes = size_bytes
 
-    def _write(self, state: TrainingState, retention: Retention, size_bytes: int) -> None:
+    def _write(self, state: TrainingState, staging: str, retention: Retention, size_bytes: int) -> None:
         """Write the checkpoint; where there is no room for it, older ones that need not stay go first."""
         while True:
             try:
                 _check_room(self._root, size_bytes)
-                write_checkpoint(self._root, self._run_id, state, self._abandoned.is_set)
+                write_checkpoint(self._root, self._run_id, state, self._abandoned.is_set, staging)
             except OSError as error:
                 if error.errno not in FULL or not delete_oldest(self._root, self._run_id, retention, state.step):
                     raise

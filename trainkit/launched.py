@@ -1,0 +1,99 @@
+"""What a launcher says of this process, and who of several speaks.
+
+A launcher (``trainkit fine-tune --launch``, torchrun, ``accelerate launch``) starts the processes of a run and says in
+their environment who they are. The first one prints. Where one fails, its message appears once, whichever it is.
+Nothing in this module loads torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from trainkit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Launched:
+    """``rank`` counts over all machines, ``local_rank`` on this one. ``shards``: weights are shared out (FSDP2)."""
+
+    processes: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    local_processes: int = 1
+    shards: bool = False
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process prints, and writes what is written once."""
+        return self.rank == 0
+
+
+def launched() -> Launched:
+    """Read the launcher's environment. Raises UsageError for FSDP in its first version."""
+    environment = os.environ
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return Launched()
+    shards = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if shards and environment.get("FSDP_VERSION", "1") != "2":
+        raise UsageError("fsdp_config.fsdp_version: 1 is not supported; set it to 2 in the launch file")
+    return Launched(
+        processes=processes,
+        rank=int(environment.get("RANK", "0")),
+        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        local_processes=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        shards=shards,
+    )
+
+
+_terminals: list[TextIO] = []  # stderr as it was, once output goes elsewhere
+
+
+def send_output_to(path: Path) -> None:
+    """From now on everything this process prints goes to the end of ``path``, libraries and all; see `terminal`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    _terminals.append(os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+
+
+def terminal() -> TextIO:
+    """Where a message for people goes: stderr as it was when the process began."""
+    return _terminals[0] if _terminals else sys.stderr
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of this launch, on this machine, has said why it fails; always so for a single one.
+
+    The launcher is told from earlier ones with its process id by the moment at which it began.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import psutil
+
+    began = int(psutil.Process(os.getppid()).create_time() * 1000)
+    mark = Path(tempfile.gettempdir()) / f"trainkit-{os.getuid()}-{os.getppid()}-{began}.failed"
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def forget_failure(launcher: int) -> None:
+    """Take away what :func:`is_first_to_fail` left; called by the launcher with its own process id."""
+    for mark in Path(tempfile.gettempdir()).glob(f"trainkit-{os.getuid()}-{launcher}-*.failed"):
+        with suppress(OSError):
+            mark.unlink()
