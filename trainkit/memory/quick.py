@@ -81,7 +81,7 @@ def covers(scenario: Scenario) -> bool:
 def quick_log(scenario: Scenario) -> EventLog:
     """The step's log at full depth, of a scenario that is covered."""
     folded = _at(scenario)
-    for axis, count in _counts(scenario).items():
+    for axis, count in reversed(_counts(scenario).items()):  # the layers last: they are many, and walked once then
         folded = unfold(folded, count, axis)
     return folded
 
