@@ -52,30 +52,39 @@ class CachingAllocator:
 
     def allocate(self, size: int) -> Block:
         """A block of at least ``size`` bytes."""
-        size = max(rounded_up(size, CUDA_BLOCK_BYTES), CUDA_BLOCK_BYTES)
+        size = rounded_up(size, CUDA_BLOCK_BYTES) or CUDA_BLOCK_BYTES
         is_small = size <= _SMALL
         pool = self._free[is_small]
         index = bisect_left(pool, (size,))
         block = pool.pop(index)[2] if index < len(pool) else self._new_segment(size, is_small=is_small)
-        left = block.size - size
-        if left >= CUDA_BLOCK_BYTES if is_small else left > _SMALL:
-            rest = Block(left, block.address + size, is_small, before=block, after=block.after)
-            if block.after is not None:
-                block.after.before = rest
-            block.after, block.size = rest, size
-            self._put(rest)
         block.is_free = False
+        left = block.size - size
+        if left and (is_small or left > _SMALL):
+            after = block.after
+            rest = Block(left, block.address + size, is_small, True, block, after)
+            block.after, block.size = rest, size
+            if after is not None:
+                after.before = rest
+            insort(pool, (left, rest.address, rest))
         return block
 
     def free(self, block: Block) -> None:
         """Take a block back, and merge it with its free neighbours."""
-        if (before := block.before) is not None and before.is_free:
-            self._take(before)
-            block = self._merged(before, block)
-        if (after := block.after) is not None and after.is_free:
-            self._take(after)
-            block = self._merged(block, after)
-        self._put(block)
+        pool = self._free[block.is_small]
+        before, after = block.before, block.after
+        if before is not None and before.is_free:
+            del pool[bisect_left(pool, (before.size, before.address))]
+            before.size += block.size
+            block = before
+        if after is not None and after.is_free:
+            del pool[bisect_left(pool, (after.size, after.address))]
+            block.size += after.size
+            after = after.after
+        block.after = after
+        if after is not None:
+            after.before = block
+        block.is_free = True
+        insort(pool, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """Give back every segment of which nothing is used (``torch.cuda.empty_cache``)."""
@@ -98,22 +107,6 @@ class CachingAllocator:
         self._next_address += 2 * reserved  # segments are no neighbours
         return block
 
-    @staticmethod
-    def _merged(one: Block, other: Block) -> Block:
-        one.size += other.size
-        one.after = other.after
-        if other.after is not None:
-            other.after.before = one
-        return one
-
-    def _put(self, block: Block) -> None:
-        block.is_free = True
-        insort(self._free[block.is_small], (block.size, block.address, block))
-
-    def _take(self, block: Block) -> None:
-        pool = self._free[block.is_small]
-        del pool[bisect_left(pool, (block.size, block.address))]
-
 
 def peak_reserved_bytes(log: EventLog, workspaces: Sequence[tuple[str, int]] = ()) -> int:
     """What the allocator has reserved after two steps of the log.
@@ -122,31 +115,31 @@ def peak_reserved_bytes(log: EventLog, workspaces: Sequence[tuple[str, int]] = (
     ``workspaces`` are libraries' buffers that stay: the phase in which each is first needed, and its bytes.
     """
     allocator = CachingAllocator()
+    birth, death, scratch = Kind.BIRTH, Kind.DEATH, Kind.SCRATCH
+    asked_bytes = [log.sizes[allocation.size] for allocation in log.allocations]
     blocks: dict[int, Block] = {}
     waiting = list(workspaces)
     for first in (True, False):
         phase = ""
         late: list[int] = []  # the optimizer's state, which is not there before the first update
-        for event in log.events:
-            if event.kind == Kind.MOMENT:
-                phase, place = log.moments[event.subject]
+        for kind, subject, _ in log.events:
+            if kind is birth:
+                if subject in blocks or not asked_bytes[subject]:
+                    continue
+                if first and phase == "start" and log.allocations[subject].part == "optimizer state":
+                    late.append(subject)
+                else:
+                    blocks[subject] = allocator.allocate(asked_bytes[subject])
+            elif kind is death:
+                if subject in blocks:
+                    allocator.free(blocks.pop(subject))
+            elif kind is scratch:
+                allocator.free(allocator.allocate(log.sizes[subject]))
+            else:
+                phase, place = log.moments[subject]
                 while waiting and waiting[0][0] == phase:
                     allocator.allocate(waiting.pop(0)[1])
                 if place == "update":
-                    blocks |= {number: allocator.allocate(_bytes(log, number)) for number in late}
+                    blocks |= {number: allocator.allocate(asked_bytes[number]) for number in late}
                     late = []
-            elif event.kind == Kind.SCRATCH:
-                allocator.free(allocator.allocate(log.sizes[event.subject]))
-            elif event.kind == Kind.DEATH:
-                if event.subject in blocks:
-                    allocator.free(blocks.pop(event.subject))
-            elif event.subject not in blocks and _bytes(log, event.subject):
-                if first and phase == "start" and log.allocations[event.subject].part == "optimizer state":
-                    late.append(event.subject)
-                else:
-                    blocks[event.subject] = allocator.allocate(_bytes(log, event.subject))
     return allocator.peak_reserved_bytes
-
-
-def _bytes(log: EventLog, allocation: int) -> int:
-    return log.sizes[log.allocations[allocation].size]

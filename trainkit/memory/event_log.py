@@ -88,6 +88,18 @@ class EventLog:
     moments: list[tuple[str, str]] = field(default_factory=list)
 
 
+class _Step(NamedTuple):
+    """What happens in every middle unit: an event, and which allocation it is about.
+
+    A birth's is the one that has this ``twin`` in unit 1. A death's is of the first of its ``owners``, (twin in unit 1,
+    distance of its unit from this one), that is there.
+    """
+
+    event: Event
+    twin: int = 0
+    owners: tuple[tuple[int, int], ...] = ()
+
+
 class NotPeriodicError(Exception):
     """The middle units do not do the same: such a model has to be traced with all of them."""
 
@@ -190,11 +202,12 @@ class _Unfolding:
             self.events += [self._kept(event) for event in kept] if self.count == TRACED - 1 else []
             return
         self._match(one, other)
+        pattern = [self._step(first, second) for first, second in zip(one, other, strict=True)]
         middle = range(2, self.last_middle) if up else range(self.last_middle - 1, 1, -1)
         self.events += [self._neighbourly(self._kept(event), event) for event in one]
         for unit in middle:
-            self.events += self._copy(one, other, unit)
-        self.events += self._copy(one, other, self.last_middle if up else 1)
+            self.events += self._copy(pattern, unit)
+        self.events += self._copy(pattern, self.last_middle if up else 1)
 
     def _neighbourly(self, kept: Event, traced: Event) -> Event:
         """An event of the first stretch, where it now stands: what dies in it may belong to another neighbour."""
@@ -227,35 +240,50 @@ class _Unfolding:
         allocation = self.log.allocations[event.subject]
         return allocation.size, allocation.part
 
-    def _copy(self, one: Sequence[Event], other: Sequence[Event], unit: int) -> Iterator[Event]:
-        """The second stretch as it runs in ``unit``; the first says what lies beyond the middle units."""
-        label = self.axis.label(unit)
-        for first, second in zip(one, other, strict=True):
-            if second.kind == Kind.SCRATCH:
-                yield Event(Kind.SCRATCH, second.subject, label)
-            elif second.kind == Kind.MOMENT:
-                yield self._moment(second, self.axis.index(second.label) or 0, unit)
-            elif second.kind == Kind.BIRTH:
-                twin = self.twins[second.subject]
-                if (twin, unit) not in self.copies:
-                    self.copies[twin, unit] = len(self.allocations)
-                    like = self.log.allocations[second.subject]
-                    self.allocations.append(Allocation(like.size, like.part, label))
-                yield Event(Kind.BIRTH, self.copies[twin, unit], label)
-            else:
-                yield Event(Kind.DEATH, self._counterpart(first, second, unit), label)
+    def _step(self, first: Event, second: Event) -> _Step:
+        """What an event of the second stretch is in any unit; the first says what lies beyond the middle units."""
+        if second.kind == Kind.BIRTH:
+            return _Step(second, self.twins[second.subject])
+        owners = []
+        if second.kind == Kind.DEATH:
+            for event in (second, first):
+                owner = self.axis.index(self.log.allocations[event.subject].label)
+                here = self.axis.index(event.label)
+                if owner in _MIDDLE and event.subject in self.twins and here is not None:
+                    owners.append((self.twins[event.subject], owner - here))
+        return _Step(second, owners=tuple(owners))
 
-    def _counterpart(self, first: Event, second: Event, unit: int) -> int:
-        """What dies in ``unit`` when ``second.subject`` dies in the second stretch."""
-        for event in (second, first):
-            owner = self.axis.index(self.log.allocations[event.subject].label)
-            here = self.axis.index(event.label)
-            if owner in _MIDDLE and event.subject in self.twins and here is not None:
-                found = self.copies.get((self.twins[event.subject], unit + owner - here))
-                if found is not None:
-                    return found
-        if self._moved(second.label) == self.axis.label(unit):
-            return second.subject  # of the first or the last unit, next to this one
+    def _copy(self, pattern: Sequence[_Step], unit: int) -> Iterator[Event]:
+        """The second stretch as it runs in ``unit``."""
+        label = self.axis.label(unit)
+        birth, death, scratch = Kind.BIRTH, Kind.DEATH, Kind.SCRATCH
+        copies, allocations = self.copies, self.allocations
+        for event, twin, owners in pattern:
+            kind, subject, _ = event
+            if kind is birth:
+                number = copies.get((twin, unit))
+                if number is None:
+                    number = copies[twin, unit] = len(allocations)
+                    size, part, _ = self.log.allocations[subject]
+                    allocations.append(Allocation(size, part, label))
+                yield Event(birth, number, label)
+            elif kind is death:
+                for owner, distance in owners:
+                    number = copies.get((owner, unit + distance))
+                    if number is not None:
+                        break
+                else:
+                    number = self._of_a_neighbour(event, label)
+                yield Event(death, number, label)
+            elif kind is scratch:
+                yield Event(scratch, subject, label)
+            else:
+                yield self._moment(event, self.axis.index(event.label) or 0, unit)
+
+    def _of_a_neighbour(self, event: Event, label: int) -> int:
+        """What dies in the unit of this label though it is no middle unit's: the first's or the last's, next to it."""
+        if self._moved(event.label) == label:
+            return event.subject
         raise NotPeriodicError  # it dies in a unit and belongs to none
 
     def _moment(self, event: Event, traced: int, unit: int) -> Event:
