@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
-from trainkit.memory.scenario import AMPERE, Device, Scenario, resolve_precision, scenario_of
-from trainkit.model.precision import plan_precision
+from trainkit.errors import MachineError
+from trainkit.memory.scenario import AMPERE, Device, Scenario, scenario_of
 from trainkit.recipe.schema import Adapter, Data, Model, Packing, Recipe, Source, Training
 
 RECIPE = Recipe(
@@ -61,12 +60,8 @@ def test_documents_cost_a_copy_only_where_the_kernel_takes_them_one_by_one() -> 
     assert scenario_of(joined, {}, device=cpu).documents_per_row == 1
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
-def test_auto_is_the_precision_that_a_run_would_choose(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "some GPU")
-    run = plan_precision("auto", torch.device("cuda"))
-    assert resolve_precision("auto", Device("cuda", capability)) == run.name
-    assert resolve_precision("auto", Device("cpu")) == plan_precision("auto", torch.device("cpu")).name
+def test_the_precision_is_the_devices_and_must_be_one_that_it_has() -> None:
+    turing = Device("cuda", (7, 5))
+    assert [scenario_of(RECIPE, {}, device=device).precision for device in (Device("cpu"), turing)] == ["fp32", "fp16"]
+    with pytest.raises(MachineError, match="precision: this GPU has no bf16 arithmetic; set precision: fp16"):
+        scenario_of(replace(RECIPE, precision="bf16"), {}, device=turing)

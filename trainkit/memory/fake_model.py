@@ -24,7 +24,8 @@ from trainkit.model.loading import quiet_libraries
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from trainkit.memory.scenario import PrecisionName, Scenario
+    from trainkit.memory.scenario import Scenario
+    from trainkit.recipe.precision import PrecisionName
     from trainkit.recipe.schema import Adapter
 
 DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

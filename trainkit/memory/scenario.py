@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainkit.recipe.precision import PrecisionName, chosen_precision
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from trainkit.recipe.schema import Adapter, Recipe
 
-PrecisionName = Literal["fp32", "fp16", "bf16"]
 AttentionName = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flex", "eager"]
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
 Shard = Literal["none", "ddp", "fsdp2"]
@@ -18,7 +19,7 @@ Loop = Literal["trainkit", "transformers"]
 
 BYTES_OF: dict[PrecisionName, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
-# From this CUDA capability on, tensor cores multiply bf16, and the flash kernels run.
+# From this CUDA capability on, the flash kernels run.
 AMPERE = (8, 0)
 
 
@@ -87,14 +88,15 @@ def scenario_of(
     """The scenario of a recipe on a model and a device.
 
     ``micro_batch_size`` takes the place of the recipe's, which may be ``auto``; then one row is the default. With
-    ``shard`` "none" and several GPUs nothing changes: each would run alone.
+    ``shard`` "none" and several GPUs nothing changes: each would run alone. Raises MachineError for a precision
+    that the device cannot compute in.
     """
     device = device or Device()
     rows = micro_batch_size or (1 if recipe.training.micro_batch_size == "auto" else recipe.training.micro_batch_size)
     processes = 1 if shard == "none" else gpus
     rows_in_a_step = max(1, recipe.training.tokens_per_step // recipe.packing.sequence_length // processes)
     rows = min(rows, rows_in_a_step)
-    precision = resolve_precision(recipe.precision, device)
+    precision, _ = chosen_precision(recipe.precision, device.kind, device.capability)
     isolated = recipe.packing.strategy != "none" and recipe.packing.isolate_documents
     return Scenario(
         config=config,
@@ -112,19 +114,6 @@ def scenario_of(
         shard=shard,
         device=device,
     )
-
-
-def resolve_precision(requested: Literal["fp32", "fp16", "bf16", "auto"], device: Device) -> PrecisionName:
-    """What ``precision: auto`` comes to on a device; the same rule as :func:`trainkit.model.precision.plan_precision`.
-
-    >>> resolve_precision("auto", Device("cuda", (7, 5))), resolve_precision("auto", Device("cpu"))
-    ('fp16', 'fp32')
-    """
-    if requested != "auto":
-        return requested
-    if device.kind == "cpu":
-        return "fp32"
-    return "bf16" if device.capability >= AMPERE else "fp16"
 
 
 def _copies_for_documents(recipe: Recipe, device: Device) -> bool:

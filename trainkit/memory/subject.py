@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from trainkit.errors import MachineError, UsageError
+from trainkit.errors import UsageError
 from trainkit.memory.gpus import find_gpu
 from trainkit.memory.models import ModelFacts, check_sequence_length, model_facts
-from trainkit.memory.scenario import AMPERE, Device, Scenario, scenario_of
+from trainkit.memory.scenario import Device, Scenario, scenario_of
 from trainkit.memory.sizes import size_in_bytes
 from trainkit.memory.verdict import Capacity
+from trainkit.recipe.precision import chosen_precision
 from trainkit.recipe.reader import Flag, read_recipe
 from trainkit.recipe.schema import Model, Packing, Recipe, Training
 from trainkit.recipe.written import text_as_yaml
@@ -98,7 +99,8 @@ def device_and_capacity(request: Request) -> tuple[Device, Capacity | None]:
 def subject_of(request: Request) -> Subject:
     """The recipe that the file and the options make, and the model it names.
 
-    Raises UsageError and ModelError as a run of that recipe would, before anything is downloaded but a config.json.
+    Raises UsageError, ModelError and MachineError as a run of that recipe would, before anything is downloaded but a
+    config.json.
     """
     device, capacity = device_and_capacity(request)
     facts = model_facts(Model(name=request.model)) if request.model is not None and request.recipe is None else None
@@ -107,8 +109,7 @@ def subject_of(request: Request) -> Subject:
     facts = facts if facts and recipe.model.name == request.model else model_facts(recipe.model)
     check_sequence_length(facts, recipe.packing.sequence_length)
     _check_shares(recipe, request.gpus)
-    if recipe.precision == "bf16" and device.capability < AMPERE:
-        raise MachineError(f"precision: {request.gpu} has no bf16 arithmetic; set precision: fp16")
+    chosen_precision(recipe.precision, device.kind, device.capability, request.gpu or "this GPU")  # raises for a GPU's
     shard = request.shard or ("none" if request.gpus == 1 else "ddp")
     warnings = read.warnings if request.recipe is not None else ()
     return Subject(facts, recipe, warnings, device, capacity, request.gpus, shard)

@@ -8,32 +8,26 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from trainkit.errors import MachineError
+from trainkit.recipe.precision import PrecisionName, chosen_precision
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from trainkit.recipe.schema import Precision
 
-Name = Literal["fp32", "fp16", "bf16"]
-
-_DTYPES: dict[Name, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-# From these CUDA capabilities on, the tensor cores multiply the type; below, it is emulated or missing.
-_CUDA_CAPABILITY_BF16 = (8, 0)
-_CUDA_CAPABILITY_FP16 = (5, 3)
 
 
 @dataclass(frozen=True)
 class PrecisionPlan:
     """The type of every number of a run, and why."""
 
-    name: Name
+    name: PrecisionName
     frozen_storage: torch.dtype
     trained_storage: torch.dtype
     compute: torch.dtype
@@ -61,11 +55,17 @@ def plan_precision(requested: Precision, device: torch.device) -> PrecisionPlan:
 
     Raises :class:`MachineError` where the device cannot compute in the requested type.
     """
-    name, reason = _automatic(device) if requested == "auto" else (requested, _check(requested, device))
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        gpu = f"{torch.cuda.get_device_name(device)}, capability {capability[0]}.{capability[1]}"
+        return types_of(*chosen_precision(requested, device.type, capability, gpu))
+    name, reason = chosen_precision(requested, device.type)
+    if device.type == "cpu" and name != "fp32" and not _cpu_multiplies(name):
+        reason += f"; this CPU has no {name} instructions, so that it is slower than fp32 here"
     return types_of(name, reason)
 
 
-def types_of(name: Name, reason: str) -> PrecisionPlan:
+def types_of(name: PrecisionName, reason: str) -> PrecisionPlan:
     """The plan that comes with a precision, on whatever device."""
     compute = _DTYPES[name]
     return PrecisionPlan(
@@ -91,43 +91,10 @@ def make_scaler(plan: PrecisionPlan, device: torch.device) -> torch.amp.GradScal
     return torch.amp.GradScaler(device.type) if plan.scales_loss else None
 
 
-def _automatic(device: torch.device) -> tuple[Name, str]:
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= _CUDA_CAPABILITY_BF16:
-            return "bf16", "chosen: this GPU multiplies bf16, which has the range of fp32"
-        return "fp16", f"chosen: this GPU ({_cuda_name(device)}) has no bf16 arithmetic"
-    if device.type == "cpu":
-        return "fp32", "chosen: 16 bit saves no time on the CPU"
-    return "fp32", f"chosen: 16 bit is not tried on {device.type}"
-
-
-def _check(requested: Name, device: torch.device) -> str:
-    """The sentence that comes with an explicit choice; raises where the device cannot do it."""
-    if requested == "fp32":
-        return "as the recipe says"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if requested == "bf16" and capability < _CUDA_CAPABILITY_BF16:
-            raise MachineError(f"precision: {_cuda_name(device)} has no bf16 arithmetic; set precision: fp16")
-        if requested == "fp16" and capability < _CUDA_CAPABILITY_FP16:
-            raise MachineError(f"precision: {_cuda_name(device)} has no fp16 arithmetic; set precision: fp32")
-        return "as the recipe says"
-    if device.type == "cpu":
-        if _cpu_multiplies(requested):
-            return "as the recipe says"
-        return f"as the recipe says; this CPU has no {requested} instructions, so that it is slower than fp32 here"
-    raise MachineError(f"precision: {requested} is not supported on {device.type}; set precision: fp32")
-
-
-def _cpu_multiplies(name: Name) -> bool:
+def _cpu_multiplies(name: PrecisionName) -> bool:
     """Whether this processor has matrix or dot-product instructions for a 16-bit type.
 
     torch names the tests with an underscore; where a release has none, the answer is no, which only adds a warning.
     """
     tests = {"bf16": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"), "fp16": ("_is_amx_fp16_supported",)}
     return any(getattr(torch.cpu, test, lambda: False)() for test in tests.get(name, ()))
-
-
-def _cuda_name(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)}, capability {major}.{minor}"
