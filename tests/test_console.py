@@ -124,6 +124,21 @@ with Console() as console:
     ]
 
 
+@pytest.mark.parametrize("columns", [30, 80])
+def test_a_sentence_is_broken_between_words_on_a_terminal(columns: int) -> None:
+    program = """
+from trainkit.console import Console
+with Console() as console:
+    console.prose("  1. [bold] and enough words for 30 columns", hang=5)
+"""
+    whole = "  1. [bold] and enough words for 30 columns"
+    lines = visible_lines(on_a_terminal(program, columns=columns))
+    assert lines == (["  1. [bold] and enough words", "     for 30 columns"] if columns == 30 else [whole])
+    captured = Captured()
+    captured.console.prose(f"{whole}{100 * ' long'}", hang=5)
+    assert captured.out == f"{whole}{100 * ' long'}\n"
+
+
 def test_results_go_to_stdout_and_the_rest_to_stderr() -> None:
     captured = Captured()
     captured.console.show("result")

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 import time
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -184,6 +185,17 @@ class Console:
         """Print a line of the result, on stdout."""
         self._end_stage()
         self.screen.write(self._results[0], line)
+
+    def prose(self, line: str, *, hang: int = 0) -> None:
+        """Print a sentence of the result, on stdout.
+
+        On a terminal it is broken between words, its later lines set in by ``hang``; elsewhere it stays one line.
+        """
+        stream, live = self._results
+        if live:
+            columns = self.screen.rich(stream).width
+            line = textwrap.fill(line, columns, subsequent_indent=" " * hang, break_on_hyphens=False)
+        self.show(line)
 
     def note(self, line: str) -> None:
         """Print a line about what is going on, on stderr."""
@@ -497,7 +509,10 @@ def _rich_table(
     from rich.text import Text
 
     table = Table(
-        title=Text(printable(title, encoding), "bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD
+        title=Text(printable(title, encoding), "bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
     )
     for name, end in zip(columns, right, strict=True):
         table.add_column(Text(printable(name, encoding)), justify="right" if end else "left", overflow="fold")

@@ -165,17 +165,44 @@ def test_a_short_model_is_asked_about_rows_that_it_can_take(engine: StandIn, est
 def test_the_report_for_people(capsys: Said) -> None:
     assert run(["estimate-memory", "--model", "llama-3.1-8b", "--adapter", "lora", "--memory", "24GiB"]) == 0
     said = capsys.readouterr().out
-    assert "llama-3.1-8b (from the table of known models): 8,030,261,248 parameters; 41,943,040 train (0.522 %)" in said
-    assert "LoRA r 16, bf16, adamw; micro-batches of 1 row of 2,048 tokens, 32 of them a step" in said
+    assert said.splitlines()[:4] == [
+        "llama-3.1-8b (from the table of known models)",
+        "8,030,261,248 parameters; 41,943,040 train (0.522 %)",
+        "LoRA r 16, bf16, adamw",
+        "a step: 32 micro-batches of 1 row of 2,048 tokens",
+    ]
     table = [line.split() for line in said.splitlines() if line.count("  ") > 1]
     assert ["weights", "16.00", "17.18"] in table
     assert ["peak", "allocated", "18.00", "19.33"] in table
     assert ["process", "19.50", "20.94"] in table
     assert "The peak is in the backward phase, at: layer 3" in said
     assert "A remark." in said
-    assert "fits: 19.50 GiB of 24.00 GiB (as given); up to 23.28 GiB, 97 %, counts as fitting" in said
-    assert "largest micro-batch that fits: 2 of these rows; longest row: 5,888 tokens\n" in said
+    assert "fits: 19.50 GiB of 24.00 GiB (as given)\nup to 23.28 GiB, 97 % of that, counts as fitting\n" in said
+    assert "largest micro-batch that fits: 2 of these rows\nlongest rows that fit: 5,888 tokens\n" in said
     assert "engine: formula" in said
+
+
+@pytest.mark.usefixtures("engine")
+def test_several_gpus_are_said(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "llama-3.1-8b", "--activation-checkpointing", "--gpus", "8"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:5] == [
+        "full fine-tuning, bf16, adamw, activation checkpointing",
+        "a step: 4 micro-batches of 1 row of 2,048 tokens",
+        "on each of 8 GPUs, ddp; figures are for one of them",
+    ]
+
+
+@pytest.mark.usefixtures("engine")
+def test_tight_is_a_verdict_of_its_own(capsys: Said) -> None:
+    """18 GiB are allocated, 19 reserved, and the context takes a half."""
+    lora = ["--model", "llama-3.1-8b", "--adapter", "lora"]
+    for memory, word, code in (("20.2GiB", "fits", 0), ("18.6GiB", "tight", 0), ("18.4GiB", "does not fit", 5)):
+        assert run(["estimate-memory", *lora, "--memory", memory]) == code, word
+        said = capsys.readouterr().out
+        assert f"\n{word}: 19.50 GiB of {memory[:4]}0 GiB (as given)\n" in said
+        assert ("what is allocated has room" in said) == (word == "tight")
+        assert ("largest micro-batch that fits: not even one row\n" in said) == (word != "fits")
+        assert ("What makes it fit" in said) == (word != "fits")
 
 
 @pytest.mark.usefixtures("engine")
@@ -258,11 +285,21 @@ def test_every_known_model_by_the_cheapest_method_that_fits(estimated: Estimated
     assert by_name["llama-3.3-70b"]["method"] is None  # for its weights alone
 
 
+def test_options_that_the_list_takes_reach_every_model(engine: StandIn, estimated: Estimated) -> None:
+    options = ["--micro-batch-size", "2", "--sequence-length", "512", "--optimizer", "sgd", "--precision", "fp16"]
+    estimated("--fits", "24GiB", *options, "--gpus", "2", "--shard", "fsdp2", "--exact")
+    found = {(asked.micro_batch_size, asked.sequence_length) for asked in engine.asked}
+    assert found == {(2, 512)}
+    others = {(asked.optimizer, asked.precision, asked.gpus, asked.shard) for asked in engine.asked}
+    assert others == {("sgd", "fp16", 2, "fsdp2")}
+    assert engine.exact is True
+
+
 @pytest.mark.usefixtures("engine")
 def test_the_list_for_people(capsys: Said) -> None:
     assert run(["estimate-memory", "--fits", "24GiB", "--sequence-length", "1024"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("One row of 1,024 tokens in 24.00 GiB\n")
+    assert said.startswith("Micro-batches of 1 row of 1,024 tokens in 24.00 GiB\n")
     assert "fit by no method: " in said
     assert "llama-3.3-70b" in said.partition("fit by no method: ")[2]
 
@@ -326,7 +363,23 @@ def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
         (["--model", "gpt2", "--plot", "a.pdf"], 2, "--plot: a.pdf must end in .png, .svg or .html"),
         (["recipe.yaml", "--gpus", "4"], 2, "training.tokens_per_step: 8,192 tokens are no micro-batch for each of 4"),
         (["--fits", "24"], 2, "--fits: 24 has no unit; write 24GiB"),
-        (["--fits", "24GiB", "--model", "gpt2"], 2, "--fits: lists every known model, so --model has no place beside"),
+        *(
+            (["--fits", "24GiB", *more], 2, f"--fits: lists every known model by the cheapest method, so {more[0]} has")
+            for more in (
+                *(["--model", "gpt2"], ["--adapter", "lora"], ["--activation-checkpointing"], ["--gpu", "t4"]),
+                *(["--memory", "8GiB"], ["--plot", "a.svg"]),
+            )
+        ),
+        (["recipe.yaml", "--fits", "24GiB"], 2, "--fits: lists every known model by the cheapest method, so RECIPE"),
+        *(
+            (["recipe.yaml", "--view", "textbook", *more], 2, f"--view: textbook counts parameters alone, so {more[0]}")
+            for more in (
+                *(["--adapter", "lora"], ["--precision", "fp32"], ["--sequence-length", "512"], ["--optimizer", "sgd"]),
+                *(["--micro-batch-size", "2"], ["--activation-checkpointing"], ["--gpus", "2"], ["--shard", "none"]),
+                *(["--gpu", "t4"], ["--memory", "8GiB"], ["--exact"], ["--plot", "a.svg"]),
+            )
+        ),
+        (["--fits", "24GiB", "--view", "textbook"], 2, "--view: textbook counts parameters alone, so --fits has no pl"),
         (["--model", "gpt2", "--view", "novel"], 2, "Invalid value for '--view'"),
         (["--model", "gpt2", "--adapter", "dora"], 2, "Invalid value for '--adapter'"),
         (["--model", "gpt2", "--micro-batch-size", "0"], 2, "Invalid value for '--micro-batch-size'"),

@@ -23,7 +23,7 @@ from trainkit.memory.sizes import GIB, MIB, gib
 from trainkit.memory.subject import Request, Subject, check_request, device_and_capacity, subject_of
 from trainkit.memory.textbook import LEFT_OUT, Column, columns, lines
 from trainkit.memory.timeline import draw_timeline
-from trainkit.memory.verdict import Capacity, context_bytes, process_bytes, verdict
+from trainkit.memory.verdict import SHARE_TO_FILL, Capacity, context_bytes, process_bytes, verdict
 from trainkit.plotting import check_plot_path, new_figure, save
 from trainkit.recipe.schema import Adapter, Packing
 
@@ -95,8 +95,7 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
         said["plot"] = str(request.plot)
         console.show(f"plot: {request.plot}")
     console.result(said)
-    if said.get("max_micro_batch_size") == 0:
-        assert capacity is not None
+    if capacity is not None and _nothing_fits(scenario, capacity, ask):
         raise MachineError(
             f"{subject.facts.name}: not even one row of {scenario.sequence_length:,} tokens fits in "
             f"{gib(capacity.size_bytes)} ({capacity.name})"
@@ -105,17 +104,16 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
 
 def _show_subject(subject: Subject, scenario: Scenario, found: Estimate, console: Console) -> None:
     share = 100 * found.trainable_parameters / found.parameters
+    console.prose(f"{subject.facts.name} ({subject.facts.source})")
     console.show(
-        f"{subject.facts.name} ({subject.facts.source}): {found.parameters:,} parameters; "
-        f"{found.trainable_parameters:,} train ({share:.{1 if share >= 1 else 3}f} %)"
+        f"{found.parameters:,} parameters; {found.trainable_parameters:,} train ({share:.{1 if share >= 1 else 3}f} %)"
     )
-    accumulated = f", {scenario.micro_batches} of them a step" if scenario.micro_batches > 1 else ""
-    devices = f"; {scenario.gpus} GPUs, {scenario.shard}: figures are for each" if scenario.gpus > 1 else ""
     checkpointing = ", activation checkpointing" if scenario.activation_checkpointing else ""
-    console.show(
-        f"{_method_words(scenario)}, {scenario.precision}, {scenario.optimizer}{checkpointing}; "
-        f"micro-batches of {_rows_words(scenario)}{accumulated}{devices}"
-    )
+    console.show(f"{_method_words(scenario)}, {scenario.precision}, {scenario.optimizer}{checkpointing}")
+    passes = scenario.micro_batches
+    console.show(f"a step: {passes:,} micro-batch{'es' * (passes > 1)} of {_rows_words(scenario)}")
+    if scenario.gpus > 1:
+        console.show(f"on each of {scenario.gpus} GPUs, {scenario.shard}; figures are for one of them")
     console.show()
 
 
@@ -150,7 +148,7 @@ def _show_parts(found: Estimate, scenario: Scenario, console: Console) -> None:
     console.show()
     console.show(f"The peak is in the {found.peak_phase} phase, at: {found.peak_place}")
     for remark in found.remarks:
-        console.show(remark)
+        console.prose(remark)
 
 
 def _show_verdict(
@@ -162,11 +160,14 @@ def _show_verdict(
     tokens = longest_row(scenario, capacity, ask, subject.facts.positions)
     console.show()
     console.show(
-        f"{word}: {gib(process_bytes(found, scenario.device))} of {gib(capacity.size_bytes)} ({capacity.name}); "
-        f"up to {gib(capacity.to_fill_bytes)}, 97 %, counts as fitting"
+        f"{word}: {gib(process_bytes(found, scenario.device))} of {gib(capacity.size_bytes)} ({capacity.name})"
     )
+    console.show(f"up to {gib(capacity.to_fill_bytes)}, {100 * SHARE_TO_FILL:.0f} % of that, counts as fitting")
+    if word == "tight":
+        console.prose("what is allocated has room; with what the allocator keeps in its cache it may not")
     limit = ", all its positions" if tokens == subject.facts.positions else ""
-    console.show(f"largest micro-batch that fits: {rows:,} of these rows; longest row: {tokens:,} tokens{limit}")
+    console.show(f"largest micro-batch that fits: {f'{rows:,} of these rows' if rows else 'not even one row'}")
+    console.show(f"longest rows that fit: {f'{tokens:,} tokens{limit}' if tokens else 'none'}")
     advice = changes(scenario, capacity, ask) if word != "fits" else []
     if word != "fits":
         console.show()
@@ -184,9 +185,15 @@ def _show_verdict(
     }
 
 
+def _nothing_fits(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
+    """Whether one row, the least there can be, does not fit and is not tight either."""
+    one_row = scenario.with_micro_batch_size(1)
+    return verdict(ask(one_row), scenario.device, capacity) == "does not fit"
+
+
 def _show_change(number: int, change: Change, console: Console) -> None:
     needed = process_bytes(change.estimate, change.scenario.device)
-    console.show(f"  {number}. {gib(needed)}: {change.sentence}")
+    console.prose(f"  {number}. {gib(needed)}: {change.sentence}", hang=5)
     for line in change.lines:
         console.show(f"       {line}")
 
@@ -237,8 +244,8 @@ def _show_textbook(request: Request, subject: Subject, ask: Question, console: C
     table = lines(counted, lora.trainable_parameters)
     cells = [["parameters", *(f"{column.parameters:,}" for column in counted)]]
     for line in table:
-        cells.append([f"{line.what}: {line.how}", *(f"{size / GIB:.2f} GiB" for size in line.sizes_bytes)])
-        cells.append(["", *(f"= {size / 1e9:.2f} GB".replace(".00 ", " ") for size in line.sizes_bytes)])
+        cells.append([line.what, *(f"{size / GIB:.2f} GiB" for size in line.sizes_bytes)])
+        cells.append([f"  {line.how}", *(f"= {size / 1e9:.2f} GB".replace(".00 ", " ") for size in line.sizes_bytes)])
     width = max(len(cell) for row in cells for cell in row[1:])
     console.table(
         "",
@@ -247,7 +254,7 @@ def _show_textbook(request: Request, subject: Subject, ask: Question, console: C
     )
     console.show()
     for sentence in LEFT_OUT:
-        console.show(sentence)
+        console.prose(sentence)
     console.result(
         {
             "view": "textbook",
@@ -263,7 +270,7 @@ def _show_textbook(request: Request, subject: Subject, ask: Question, console: C
 
 
 def _show_models_that_fit(request: Request, console: Console) -> None:
-    """Every known model with the first method that fits, one row in a micro-batch."""
+    """Every known model with the first method that fits, one row in a micro-batch unless more are asked for."""
     _, capacity = device_and_capacity(request)
     assert capacity is not None
 
@@ -282,8 +289,9 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
             listed.append(facts | _method_as_json(best, subject))
         console.progress("models", number, len(known_models()))
     fitting = [one for one in listed if one["method"] is not None]
+    rows, length = request.micro_batch_size or 1, request.sequence_length or Packing().sequence_length
     console.table(
-        f"One row of {request.sequence_length or Packing().sequence_length:,} tokens in {gib(capacity.size_bytes)}",
+        f"Micro-batches of {rows:,} row{'s' * (rows > 1)} of {length:,} tokens in {gib(capacity.size_bytes)}",
         ["model", "parameters", "cheapest method that fits", f"{'process GiB':>11}", "trained parameters"],
         [
             [
@@ -299,10 +307,10 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
     others = [one["model"] for one in listed if one["method"] is None and "why" not in one]
     console.show()
     if others:
-        console.show(f"{len(others)} fit by no method: {', '.join(others)}")
+        console.prose(f"{len(others)} fit by no method: {', '.join(others)}")
     for one in listed:
         if "why" in one:
-            console.show(f"not estimated: {one['model']}: {one['why']}")
+            console.prose(f"not estimated: {one['model']}: {one['why']}", hang=2)
     console.result({"capacity_bytes": capacity.size_bytes, "models": listed})
     if not fitting:
         raise MachineError(f"--fits: no known model fits in {gib(capacity.size_bytes)}")

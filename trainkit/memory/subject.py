@@ -5,7 +5,7 @@ The options are short for keys of a recipe and are read by its reader, so that t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from trainkit.errors import UsageError
@@ -22,6 +22,10 @@ from trainkit.recipe.written import text_as_yaml
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+# What --fits decides itself or has no use for, and all that the textbook's arithmetic knows.
+_NOT_WITH_FITS = {"RECIPE", "--model", "--adapter", "--activation-checkpointing", "--gpu", "--memory", "--plot"}
+_WITH_TEXTBOOK = {"RECIPE", "--model", "--set", "--view"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +70,13 @@ class Subject:
 
 def check_request(request: Request) -> None:
     """Raise UsageError for options that do not go together; before anything is read."""
-    about = [name for name, given in (("RECIPE", request.recipe), ("--model", request.model)) if given is not None]
+    given = _given(request)
     if request.fits is not None:
-        others = (("--gpu", request.gpu), ("--memory", request.memory), ("--plot", request.plot))
-        unwanted = [*about, *(name for name, given in others if given is not None)]
-        if unwanted:
-            raise UsageError(f"--fits: lists every known model, so {unwanted[0]} has no place beside it; leave one out")
-    elif not about:
+        _refuse("--fits: lists every known model by the cheapest method", given & _NOT_WITH_FITS)
+    elif not given & {"RECIPE", "--model"}:
         raise UsageError("give a RECIPE or --model NAME; see `trainkit estimate-memory --help`")
+    if request.textbook:
+        _refuse("--view: textbook counts parameters alone", given - _WITH_TEXTBOOK)
     if request.gpu is not None and request.memory is not None:
         raise UsageError("--memory: --gpu says how much memory there is already; give one of the two")
     if request.gpus > 1 and request.shard == "none":
@@ -82,6 +85,21 @@ def check_request(request: Request) -> None:
         )
     if request.gpus == 1 and request.shard in ("ddp", "fsdp2"):
         raise UsageError(f"--shard: {request.shard} needs --gpus 2 or more")
+
+
+def _given(request: Request) -> set[str]:
+    """The arguments and options that the command line names, by their names there."""
+    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view"}
+    return {
+        named.get(option.name, f"--{option.name.replace('_', '-')}")
+        for option in fields(request)
+        if getattr(request, option.name) != option.default
+    }
+
+
+def _refuse(why: str, unwanted: set[str]) -> None:
+    if unwanted:
+        raise UsageError(f"{why}, so {min(unwanted)} has no place beside it; leave one out")
 
 
 def device_and_capacity(request: Request) -> tuple[Device, Capacity | None]:

@@ -75,10 +75,10 @@ def lines(counted: list[Column], trained_by_lora: int) -> list[Line]:
 
     return [
         line("weights in fp32", "4 bytes a parameter", FP32_BYTES),
-        line("training in fp32", "4 weight + 4 gradient + 4 + 4 Adam", ADAM_BYTES),
+        line("training in fp32", "4 × (weight, grad, m, v)", ADAM_BYTES),
         line("training in mixed precision", "2 + 2 + 4 + 4 + 4", ADAM_BYTES),
-        line("… by torch.autocast, forward", "16, and 2 for 16-bit copies", ADAM_BYTES + AUTOCAST_BYTES),
-        line("what LoRA leaves of it", "2 frozen, 16 for what trains", FROZEN_BYTES, trained_by_lora),
+        line("… by autocast, forward", "16 + 2 for 16-bit copies", ADAM_BYTES + AUTOCAST_BYTES),
+        line("what LoRA leaves of it", "2 frozen + 16 trained", FROZEN_BYTES, trained_by_lora),
     ]
 
 
