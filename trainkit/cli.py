@@ -24,6 +24,7 @@ import typer
 from trainkit import __version__
 from trainkit.console import Console
 from trainkit.errors import Stopped, TrainkitError
+from trainkit.launched import is_first_to_fail, launched, terminal
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
 from trainkit.recipe.schema import Packing
@@ -107,6 +108,10 @@ def fine_tune_command(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew instead of resuming the run in output_dir.")
     ] = False,
+    launch: Annotated[
+        str | None,
+        typer.Option("--launch", metavar="FILE", help="Train in the processes that this file asks for."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Train what the recipe says, and leave the result in its output_dir.
@@ -114,6 +119,12 @@ def fine_tune_command(
     The same command run again resumes a run that was stopped.
     """
     read = _read(context, recipe, overrides, of_run=True)
+    if launch is not None:
+        from trainkit.commands.launch import launch as in_processes
+
+        options = [option for value in overrides or () for option in ("--set", value)]
+        options += ["--fresh"] * fresh + ["--json"] * json_output + ["--debug"] * _session(context).debug
+        raise typer.Exit(in_processes(launch, ["fine-tune", recipe, *options]))
     from trainkit.commands.fine_tune import fine_tune
 
     fine_tune(read, fresh=fresh, json_output=json_output)
@@ -405,7 +416,7 @@ def _read(
     if of_run:
         _session(context).run_folder = RunFolder(Path(read.recipe.output_dir))
     console = Console()
-    for line in read.warnings:
+    for line in read.warnings if launched().speaks else ():
         console.warn(line)
     return read
 
@@ -456,7 +467,9 @@ def _failed(error: Exception, session: Session) -> int:
 
 
 def _say(error: BaseException, lines: list[str], code: int, session: Session) -> int:
-    console = Console()
+    if not is_first_to_fail(code):
+        return code
+    console = Console(stderr=terminal())
     if session.debug:
         for line in _traceback(error).splitlines():
             console.note(line)

@@ -72,28 +72,36 @@ def terminal() -> TextIO:
     return _terminals[0] if _terminals else sys.stderr
 
 
-def is_first_to_fail() -> bool:
-    """Whether no other process of this launch, on this machine, has said why it fails; always so for a single one.
-
-    The launcher is told from earlier ones with its process id by the moment at which it began.
-    """
+def is_first_to_fail(exit_code: int) -> bool:
+    """Whether no other process of this launch, on this machine, has said why it fails; always so for a single one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    import psutil
-
-    began = int(psutil.Process(os.getppid()).create_time() * 1000)
-    mark = Path(tempfile.gettempdir()) / f"trainkit-{os.getuid()}-{os.getppid()}-{began}.failed"
     try:
-        os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        descriptor = os.open(_mark_of(os.getppid()), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         return False
     except OSError:
         return True
+    os.write(descriptor, str(exit_code).encode())
+    os.close(descriptor)
     return True
 
 
-def forget_failure(launcher: int) -> None:
-    """Take away what :func:`is_first_to_fail` left; called by the launcher with its own process id."""
-    for mark in Path(tempfile.gettempdir()).glob(f"trainkit-{os.getuid()}-{launcher}-*.failed"):
-        with suppress(OSError):
-            mark.unlink()
+def first_exit_code() -> int | None:
+    """For the launcher: the exit code of the process that said why it fails; None where none did. Asked once."""
+    mark = _mark_of(os.getpid())
+    try:
+        code = int(mark.read_text())
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError):
+        mark.unlink()
+    return code
+
+
+def _mark_of(launcher: int) -> Path:
+    """A file that the first process to fail makes; an earlier launcher with the same id began at another moment."""
+    import psutil
+
+    began = int(psutil.Process(launcher).create_time() * 1000)
+    return Path(tempfile.gettempdir()) / f"trainkit-{os.getuid()}-{launcher}-{began}.failed"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainkit.data.batches import epoch_order, make_batch
+from trainkit.data.batches import NOT_A_TARGET, empty_batch, epoch_order, make_batch, share_out
 from trainkit.data.packed_store import Row
 from trainkit.recipe.schema import Packing
 
@@ -109,3 +109,30 @@ def test_every_target_is_predicted_from_the_token_before_it(
         assert list(lengths) == (of_documents if isolate else [20])
         assert positions == [t for length in (of_documents if reset else [20]) for t in range(length)]
     assert {t.dtype for t in (batch.input_ids_RT, batch.labels_RT, batch.position_ids_RT)} == {torch.int64}
+
+
+@given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9))
+def test_rows_are_shared_out_each_once_and_evenly(work: list[int], processes: int) -> None:
+    shares = share_out(work, processes)
+    assert len(shares) == processes
+    assert sorted(index for share in shares for index in share) == list(range(len(work)))
+    counts = [len(share) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    assert all(share == sorted(share) for share in shares)
+
+
+def test_the_work_is_about_the_same() -> None:
+    """At most the heaviest row apart, where rows are many; cutting by position is far worse."""
+    work = [((index * 7919) % 101) ** 2 for index in range(64)]
+    for processes in (2, 4, 8):
+        sums = [sum(work[index] for index in share) for share in share_out(work, processes)]
+        assert max(sums) - min(sums) <= max(work) / 2
+        by_position = [sum(work[process::processes]) for process in range(processes)]
+        assert max(sums) < max(by_position)
+
+
+def test_an_empty_batch_trains_nothing() -> None:
+    batch = empty_batch(pad_id=3)
+    assert batch.trained_tokens == batch.tokens == 0
+    assert (batch.labels_RT == NOT_A_TARGET).all()
+    assert sum(batch.segment_lengths[0]) == batch.input_ids_RT.shape[1]

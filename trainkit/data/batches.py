@@ -5,6 +5,7 @@ Legend: R rows, T tokens in a row, S segments (tokens that attend to each other)
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,48 @@ def epoch_order(number_of_rows: int, seed: int, epoch: int) -> NDArray[np.int64]
     [0, 1, 2, 3]
     """
     return np.random.default_rng([seed, epoch]).permutation(number_of_rows)
+
+
+def share_out(work_R: Sequence[int], processes: int) -> list[list[int]]:
+    """Indices of ``work_R`` for each process, with about the same work, and rows that differ by one at most.
+
+    A function of its arguments alone. The heaviest row goes first, always to the process with the least work so far
+    that still has room (Graham's longest-processing-time rule); each process keeps the order that it was given.
+
+    >>> share_out([9, 1, 1, 9, 4, 4], 2)
+    [[0, 1, 4], [2, 3, 5]]
+    >>> share_out([5], 2)
+    [[0], []]
+    """
+    each, left_over = divmod(len(work_R), processes)
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    least = [(0, process) for process in range(processes)]  # a heap
+    for index in sorted(range(len(work_R)), key=lambda index: (-work_R[index], index)):
+        work, process = heapq.heappop(least)
+        while len(shares[process]) >= each + (left_over > 0):  # no room any more
+            work, process = heapq.heappop(least)
+        left_over -= len(shares[process]) == each
+        shares[process].append(index)
+        heapq.heappush(least, (work + work_R[index], process))
+    return [sorted(share) for share in shares]
+
+
+def attention_work(row: Row, isolate_documents: bool) -> int:
+    """Pairs of tokens that see each other in a row: the sum of the squared lengths of its documents."""
+    lengths_S = row.segment_lengths.astype(np.int64)
+    return int((lengths_S**2).sum() if isolate_documents else lengths_S.sum() ** 2)
+
+
+def empty_batch(pad_id: int, tokens: int = 8) -> Batch:
+    """A micro-batch of padding alone, for a process that has fewer rows than others: its loss and gradients are 0."""
+    return Batch(
+        input_ids_RT=torch.full((1, tokens), pad_id, dtype=torch.int64),
+        labels_RT=torch.full((1, tokens), NOT_A_TARGET, dtype=torch.int64),
+        position_ids_RT=torch.arange(tokens)[None],
+        segment_lengths=((tokens,),),
+        trained_tokens=0,
+        tokens=0,
+    )
 
 
 def make_batch(rows: Sequence[Row], packing: Packing, pad_id: int) -> Batch:
