@@ -7,7 +7,7 @@
     ├── ModelError       4        model folder, tokenizer, chat template, adapter
     ├── MachineError     5        memory, disk, device, a missing extra
     ├── CheckpointError  6        a checkpoint, or a resume that does not match
-    ├── DivergedError    7        a loss or a gradient that is not finite
+    ├── DivergedError    7        a loss, gradient or weight that is not finite; updates that change nothing
     └── Stopped      75 / 130     a signal, with the state saved (75), or Ctrl+C (130)
 
 Any other exception is a bug of trainkit: exit code 1, the traceback goes to a file, one line says where.
@@ -65,7 +65,7 @@ class CheckpointError(TrainkitError):
 
 
 class DivergedError(TrainkitError):
-    """Training produced a number that is not finite; stopped before it reached the weights."""
+    """Training produced a number that is not finite, or moved nothing; what it led to was not saved."""
 
     exit_code = 7
 

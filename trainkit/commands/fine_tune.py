@@ -7,6 +7,7 @@ import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from signal import Signals
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from accelerate import Accelerator
@@ -16,8 +17,8 @@ from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
 from trainkit.errors import CheckpointError, DivergedError, MachineError, Stopped, UsageError
-from trainkit.memory.fit import fit
-from trainkit.memory.machine import forget_peak, is_out_of_memory, peak_memory_bytes
+from trainkit.memory.fit import advice_after_failure, fit
+from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
@@ -29,7 +30,7 @@ from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, ste
 from trainkit.training.environment import describe_environment
 from trainkit.training.evaluation import Answer, answer_prompts, check_last_update, evaluate_loss, stop_ids
 from trainkit.training.interruption import Interruption
-from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, train
+from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, remarks, train
 from trainkit.training.metrics import MetricsLog, Trackers, check_trackers, open_trackers, read_metrics
 from trainkit.training.plan import learning_rate_at, make_plan
 from trainkit.training.report import write_report
@@ -48,7 +49,7 @@ from trainkit.training.run_record import (
     read_record,
 )
 from trainkit.training.saving import Saver, check_space
-from trainkit.training.step import StopRequested
+from trainkit.training.step import HalfUpdatedError, StopRequested
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -324,12 +325,12 @@ class Run:
                 rehearse(self.trainer)
                 with self.interruption.deferring():
                     self._train()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error.__cause__ if isinstance(error, HalfUpdatedError) else error):
                     raise
-                raise MachineError(self._out_of_memory()) from error
+                raise MachineError(self._out_of_memory(error)) from error
             except DivergedError as error:
-                raise DivergedError(f"after step {self.trainer.counters.step}: {error}. {self._newest()}") from error
+                raise DivergedError(f"{error}. {self._newest()}") from error
 
     def _continue_from(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
@@ -364,9 +365,8 @@ class Run:
                     numbers["save_pause_seconds"] = self.save_pause_seconds.pop()
                 self.metrics.append(numbers)
                 self.trackers.log(report.step, numbers)
-                if report.result.skipped:
-                    scale = report.result.loss_scale
-                    view.message(f"step {report.step}: fp16 gradients overflowed; no update, loss scale now {scale:g}")
+                for line in remarks(report):
+                    view.message(line)
                 view.update(
                     step=report.step,
                     steps=steps,
@@ -469,21 +469,32 @@ class Run:
         found, _ = newest_checkpoint(self.folder.checkpoints, self.record.run_id)
         return f"Newest good checkpoint: {found}" if found else "No checkpoint was saved yet"
 
-    def _out_of_memory(self) -> str:
-        plan, counters = self.trainer.plan, self.trainer.counters
-        if counters.step:
-            self._save()
-            self.saver.wait()
+    def _out_of_memory(self, error: Exception) -> str:
+        """What was held, what would take less, and where the state is; saves it unless the update itself broke off."""
+        plan, counters, device = self.trainer.plan, self.trainer.counters, self.trainer.accelerator.device
+        held = held_in_words(device)
+        for failed in filter(None, (error, error.__cause__)):
+            clear_frames(failed.__traceback__)  # activations would stay alive as long as the traceback does
+        unsaved = ""
+        if counters.step and not isinstance(error, HalfUpdatedError):
+            try:
+                self._save()
+                self.saver.wait()
+            except (RuntimeError, MemoryError, MachineError) as failure:
+                unsaved = f"The state after this step could not be saved ({str(failure)[:80] or 'no memory'}). "
+        rows = plan.micro_batch_size
+        advice = advice_after_failure(self.read.recipe, self.base.location.folder, device, rows)
         return (
-            f"training.micro_batch_size: {plan.micro_batch_size} rows of {self.trainer.packing.sequence_length} tokens "
-            f"do not fit in the memory of {self.trainer.accelerator.device}; set it smaller, or "
-            f"model.activation_checkpointing: true. {self._newest()}"
+            f"after step {counters.step} of {plan.steps}: {rows} row{'s' * (rows > 1)} of "
+            f"{self.trainer.packing.sequence_length:,} tokens do not fit in the memory of {device}, which held {held}; "
+            f"{advice}. {unsaved}{self._newest()}"
         )
 
     def _finish(self) -> dict[str, Any]:
         """Save the result, load it anew and compare, and say what came of it."""
         trainer, counters = self.trainer, self.trainer.counters
         ledger = self.data.train.ledger
+        assert counters.step == trainer.plan.steps, f"{counters.step} of {trainer.plan.steps} steps were done"
         check_against_ledger(counters, trainer.plan, ledger)
         measured_bytes = self.memory.measured_bytes()
         sentences = save_result(
@@ -506,6 +517,9 @@ class Run:
             "eval_loss_before": counters.eval_loss_before,
             "eval_loss_after": counters.eval_loss,
             "trained_tokens": counters.trained_tokens,
+            "skipped": counters.step - counters.updates,
+            "skipped_tokens": counters.skipped_tokens,
+            "spikes": counters.spikes,
             "peak_memory_predicted_bytes": self.memory.predicted_with(self.saver.copied_bytes),
             "peak_memory_measured_bytes": measured_bytes,
             "checkpoints": self.saver.checkpoints,
@@ -514,7 +528,10 @@ class Run:
         }
         summary |= _exact_match(self.folder)
         write_json(self.folder.summary, summary)
-        write_report(self.folder)
+        try:
+            write_report(self.folder)
+        except (OSError, CheckpointError) as error:  # the result is there and verified: its page must not undo that
+            self.console.warn(f"{self.folder.report}: not written: {error}")
         finish_run(self.folder, self.record)
         self._show_outcome(summary, sentences)
         return summary
@@ -535,6 +552,11 @@ class Run:
                     f"{summary['exact_match_before']:.0%} → {summary['exact_match_after']:.0%} of the held-out answers",
                 )
             )
+        if summary["skipped"]:
+            tokens = f"{summary['skipped_tokens']:,} tokens were seen and not trained"
+            facts.append(("skipped", f"{summary['skipped']} of {summary['steps']} steps had no update; {tokens}"))
+        if summary["spikes"]:
+            facts.append(("spikes", f"the loss jumped {summary['spikes']} times; metrics.jsonl names the rows"))
         predicted, measured = summary["peak_memory_predicted_bytes"], summary["peak_memory_measured_bytes"]
         said = "not predicted" if predicted is None else f"{predicted / 2**20:,.0f} MiB predicted"
         if self.saver.checkpoints:
@@ -554,7 +576,9 @@ def _heard(signal: Signals) -> str:
 def _exact_match(folder: RunFolder) -> dict[str, float]:
     """The first and the last exact-match score of metrics.jsonl, where there are any."""
     scores = [line["exact_match"] for line in read_metrics(folder.metrics) if "exact_match" in line]
-    return {"exact_match_before": scores[0], "exact_match_after": scores[-1]} if scores else {}
+    if len(scores) < 2:  # a line that could not be written is no score
+        return {}
+    return {"exact_match_before": scores[0], "exact_match_after": scores[-1]}
 
 
 def _answers_before_and_after(folder: RunFolder) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from trainkit.memory.scenario import Scenario
     from trainkit.recipe.schema import Recipe
 
+SMALLER = "take a smaller model, or a smaller packing.sequence_length"
+LESS_AFTER_FAILURE = 0.75  # of the estimate: it said that the step fits, so a little less would be no answer
 CPU_MICRO_BATCH_TOKENS = 2048  # larger micro-batches are no faster on a CPU: docs/benchmarks.md
 
 
@@ -88,14 +90,38 @@ def _chosen_rows(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
 
 def _refusal(scenario: Scenario, found: Estimate, capacity: Capacity, ask: Question) -> str:
     """One line: what is needed, what is there, and the cheapest change that makes it fit on one device."""
-    helping = changes_of_recipe(scenario, capacity, ask)
-    hint = "take a smaller model, or a smaller packing.sequence_length"
-    if helping:
-        first = helping[0]
-        lines = ", ".join(line.strip() for line in first.lines if not line.endswith(":"))
-        hint = f"with {lines} it takes {gib(process_bytes(first.estimate, scenario.device))}"
+    hint = _cheapest_change(scenario, capacity, ask) or SMALLER
     rows = scenario.micro_batch_size
     return (
         f"memory: a step with {rows} row{'s' * (rows > 1)} of {scenario.sequence_length:,} tokens takes "
         f"{gib(process_bytes(found, scenario.device))}, {capacity.name} has {gib(capacity.size_bytes)} free; {hint}"
     )
+
+
+def _cheapest_change(scenario: Scenario, capacity: Capacity, ask: Question) -> str | None:
+    """The cheapest change of the recipe that fits into ``capacity``, and what a step takes then; None without one."""
+    helping = changes_of_recipe(scenario, capacity, ask)
+    if not helping:
+        return None
+    first = helping[0]
+    lines = ", ".join(line.strip() for line in first.lines if not line.endswith(":"))
+    return f"with {lines} it takes {gib(process_bytes(first.estimate, scenario.device))}"
+
+
+def advice_after_failure(recipe: Recipe, folder: Path, device: torch.device, micro_batch_size: int) -> str:
+    """What to change after a step of ``micro_batch_size`` rows ran out of memory on ``device``, in one sentence.
+
+    The change is the cheapest that takes at least a quarter less than the step was estimated to, and no more than the
+    device can give to this process.
+    """
+    try:
+        scenario = scenario_of(recipe, read_config(folder), device=_described(device))
+        scenario = scenario.with_micro_batch_size(micro_batch_size)
+        ask = Question(estimate, quick_peak_bytes)
+        needed = process_bytes(ask(scenario), scenario.device)
+        held = torch.cuda.memory_reserved(device) if device.type == "cuda" else process_memory_bytes()
+        room = min(_free(device, scenario.device).size_bytes + held, int(LESS_AFTER_FAILURE * needed))
+        change = _cheapest_change(scenario, Capacity(str(device), room), ask)
+    except (ModelError, MemoryError, RuntimeError):  # the last two where there is no room to think about it either
+        return "a smaller training.micro_batch_size or model.activation_checkpointing: true takes less"
+    return f"a step was estimated at {gib(needed)}, {change or SMALLER}"

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from trainkit.memory.sizes import gib
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -26,9 +28,19 @@ def available_memory_bytes(device: torch.device) -> int:
     return min(available, max(0, limit - used))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found no room: on a GPU it has a class for that, on the CPU a sentence of its allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room: torch has a class for that on a GPU, on the CPU a sentence of its allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def held_in_words(device: torch.device) -> str:
+    """What the process holds: on a GPU at its peak, by PyTorch's own count; on a CPU now, as the system counts it."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return f"{gib(allocated)} allocated and {gib(reserved)} reserved at the peak"
+    return f"{gib(process_memory_bytes())} resident"
 
 
 def process_memory_bytes() -> int:

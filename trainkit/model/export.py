@@ -237,7 +237,7 @@ def check_finite(state: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DivergedError(
-                f"`{name}` is not finite, so nothing was saved; resume from a checkpoint with a lower rate"
+                f"`{name}` is not finite, so nothing was saved; train anew with a lower training.learning_rate"
             )
 
 

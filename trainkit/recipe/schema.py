@@ -171,6 +171,11 @@ class Training:
     warmup_steps: int | None = key(None, "steps that warm up, instead of warmup_ratio", unit="steps", at_least=0)
     weight_decay: float = key(0.0, "decoupled weight decay; not applied to biases and norms", at_least=0)
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null: never", above=0)
+    not_finite: Literal["stop", "skip"] = key(
+        "stop",
+        "a step whose loss or gradient is NaN or infinite: `stop` before its update and name its rows; `skip` leaves "
+        "its update out, but not for ten steps one after another, nor in more than 5 % of the steps",
+    )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = key(
         "adamw", "`adamw_8bit` needs the optional extra [qlora]"
     )

@@ -102,6 +102,7 @@ def assemble(
         pad_id=base.tokenizer.pad_token_id,
         seed=seed,
         max_grad_norm=recipe.training.max_grad_norm,
+        not_finite=recipe.training.not_finite,
         counters=Counters(),
     )
     seed_everything(seed)  # how the parts were made must not show in the run

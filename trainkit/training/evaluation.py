@@ -78,7 +78,10 @@ def evaluate_loss(
         total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
     loss = float(total[0] / total[1])
     if not math.isfinite(loss):
-        raise DivergedError(f"the evaluation loss is {loss}; lower training.learning_rate, or set precision: fp32")
+        raise DivergedError(
+            f"after step {trainer.counters.step}: the evaluation loss is {loss}; lower training.learning_rate, or set "
+            "precision: fp32"
+        )
     return EvaluationLoss(loss=loss, trained_tokens=int(total[1]))
 
 
@@ -93,7 +96,9 @@ def check_last_update(trainer: Trainer) -> None:
     batch = make_batch([row], trainer.packing, trainer.pad_id)
     loss_sum, _ = trainer.loss_model(*batch_on(trainer.accelerator.device, batch))
     if not math.isfinite(float(loss_sum)):
-        raise DivergedError(f"the loss is {float(loss_sum)} after the last update; lower training.learning_rate")
+        raise DivergedError(
+            f"after step {trainer.counters.step}: the loss is {float(loss_sum)}; lower training.learning_rate"
+        )
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Encoded]) -> frozenset[int]:

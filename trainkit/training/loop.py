@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from trainkit.data.batches import epoch_order, make_batch
-from trainkit.errors import CheckpointError
+from trainkit.errors import CheckpointError, DataError, DivergedError
 from trainkit.training.checkpoint import TrainingState
+from trainkit.training.faults import Fault, check_may_skip, describe_rows, find_fault, first_not_finite
+from trainkit.training.movement import UPDATES, Movement
 from trainkit.training.plan import Plan, learning_rate_at, position_of
 from trainkit.training.random_state import capture_random_state, restore_random_state
-from trainkit.training.step import StepResult, StopRequested, batch_on, training_step
+from trainkit.training.spikes import WINDOW, spike_score
+from trainkit.training.step import NotFiniteError, StepResult, StopRequested, batch_on, training_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import torch
     from accelerate import Accelerator
 
     from trainkit.data.batches import Batch
@@ -24,20 +28,30 @@ if TYPE_CHECKING:
     from trainkit.model.precision import PrecisionPlan
     from trainkit.recipe.schema import Packing
     from trainkit.training.checkpoint import SavedState
+    from trainkit.training.random_state import RandomState
 
 
 @dataclass
 class Counters:
     """The plain numbers of a run that a checkpoint keeps.
 
-    ``step`` counts steps done; ``updates`` those of them that moved the weights (an fp16 overflow skips the update, and
-    the learning rate follows ``updates``). ``tokens`` and ``trained_tokens`` are without padding.
+    ``step`` counts steps done; ``updates`` those of them that moved the weights (an fp16 overflow and a step that is
+    not finite leave the update out, and the learning rate follows ``updates``). ``tokens`` are without padding;
+    of those to train, ``trained_tokens`` are in an update and ``skipped_tokens`` in a step that had none.
+    ``not_finite`` counts the steps that `training.not_finite: skip` left without an update. ``recent_losses`` is what
+    a loss spike is told from, oldest first.
     """
 
     step: int = 0
     updates: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    skipped_tokens: int = 0
+    not_finite: int = 0
+    not_finite_in_a_row: int = 0
+    spikes: int = 0
+    in_spike: bool = False
+    recent_losses: list[float] = field(default_factory=list)
     eval_loss_before: float | None = None
     eval_loss: float | None = None
     best_eval_loss: float | None = None
@@ -54,13 +68,46 @@ class Counters:
             self.best_eval_loss, self.best_step = loss, self.step
 
 
+    def note_step(self, result: StepResult, fault: Fault | None) -> None:
+        """Count a step that is done; ``fault`` is why its update was left out, where that is not fp16's doing."""
+        self.step += 1
+        self.tokens += result.tokens
+        self.not_finite += fault is not None
+        self.not_finite_in_a_row = self.not_finite_in_a_row + 1 if fault else 0
+        if result.skipped:
+            self.skipped_tokens += result.trained_tokens
+        else:
+            self.updates += 1
+            self.trained_tokens += result.trained_tokens
+
+    def note_loss(self, loss: float) -> tuple[float | None, bool]:
+        """Compare a loss with those before it; returns its score where it is a spike, and whether a spike begins."""
+        score = spike_score(loss, self.recent_losses)
+        begins = score is not None and not self.in_spike
+        self.spikes += begins
+        self.in_spike = score is not None
+        self.recent_losses = [*self.recent_losses, loss][-WINDOW:]
+        return score, begins
+
+
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in one step; ``step`` counts from 1."""
+    """What happened in one step; ``step`` counts from 1.
+
+    ``fault`` is why its update was left out (`training.not_finite: skip`). ``spike`` is how far its loss stands above
+    those before it, where that is far; ``spike_begins`` in the first such step of several. ``rows`` and ``documents``
+    are those of a fault or a spike. ``unmoved`` are weights that the first updates did not change.
+    """
 
     step: int
     epoch: int
     result: StepResult
+    fault: Fault | None = None
+    spike: float | None = None
+    spike_begins: bool = False
+    rows: tuple[int, ...] = ()
+    documents: str = ""
+    unmoved: tuple[str, ...] = ()
 
 
 @dataclass
@@ -78,6 +125,7 @@ class Trainer:
     pad_id: int
     seed: int
     max_grad_norm: float | None
+    not_finite: Literal["stop", "skip"]
     counters: Counters
 
     @property
@@ -91,11 +139,28 @@ class Trainer:
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def state(self, log_bytes: Mapping[str, int]) -> TrainingState:
-        """Everything a checkpoint needs, as it stands between two steps."""
+        """Everything a checkpoint needs, as it stands between two steps.
+
+        Raises DivergedError when a weight or a number of the optimizer is not finite: such a state is never saved.
+        """
+        weights = {name: weight.detach() for name, weight in self.trained_weights().items()}
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            f"{name} of weight {index} in the optimizer": value
+            for index, entry in optimizer["state"].items()
+            for name, value in entry.items()
+            if isinstance(value, torch.Tensor)
+        }
+        spoiled = first_not_finite(weights | moments)
+        if spoiled is not None:
+            raise DivergedError(
+                f"after step {self.counters.step}: `{spoiled}` is not finite, so this state was not saved; "
+                "lower training.learning_rate"
+            )
         return TrainingState(
             step=self.counters.step,
-            weights={name: weight.detach() for name, weight in self.trained_weights().items()},
-            optimizer=self.optimizer.state_dict(),
+            weights=weights,
+            optimizer=optimizer,
             scaler=None if self.scaler is None else self.scaler.state_dict(),
             random=(capture_random_state(),),
             counters=asdict(self.counters),
@@ -145,33 +210,86 @@ def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepRep
     """Do the steps that are left, yielding a report after each; return early when ``should_stop`` says so.
 
     Between two reports, and after an error, the trainer stands exactly at a step boundary: what ends a step in its
-    middle drops that step's gradients and puts the random generators back. Raises what :func:`training_step` raises.
+    middle drops that step's gradients and puts the random generators back. Only HalfUpdatedError leaves weights that
+    belong to no step. Raises what :func:`training_step` raises, DivergedError for a step that is not finite and must
+    not or cannot be left out, and when the first updates changed nothing.
     """
     counters, plan = trainer.counters, trainer.plan
+    movement = Movement(trainer.trained_weights())
     while counters.step < plan.steps and not should_stop():
-        before = capture_random_state()
         rows = rows_of_step(plan, trainer.seed, counters.step)
-        trainer.loss_model.train()
-        try:
-            result = training_step(
-                trainer,
-                micro_batches(trainer, rows),
-                learning_rate_at(plan, counters.updates),
-                describe_rows=lambda rows=rows: describe_rows(trainer.rows, rows),  # type: ignore[misc]
-                should_stop=should_stop,
-            )
-        except BaseException as error:
-            trainer.optimizer.zero_grad(set_to_none=True)
-            restore_random_state(before)
-            if isinstance(error, StopRequested):
-                return
-            raise
+        done = _step(trainer, rows, should_stop)
+        if done is None:
+            return
+        result, fault = done
         epoch, _ = position_of(plan, counters.step)
-        counters.step += 1
-        counters.updates += not result.skipped
-        counters.tokens += result.tokens
-        counters.trained_tokens += result.trained_tokens
-        yield StepReport(step=counters.step, epoch=epoch, result=result)
+        counters.note_step(result, fault)
+        spike, begins = counters.note_loss(result.loss) if fault is None else (None, False)
+        if not result.skipped:
+            movement.note_update(result.learning_rate, result.grad_norm)
+        yield StepReport(
+            step=counters.step,
+            epoch=epoch,
+            result=result,
+            fault=fault,
+            spike=spike,
+            spike_begins=begins,
+            rows=fault.named_rows if fault else tuple(rows) if spike else (),
+            documents=fault.documents if fault else describe_rows(trainer.rows, rows) if spike else "",
+            unmoved=_unmoved(movement, counters, plan),
+        )
+
+
+def _step(
+    trainer: Trainer, rows: Sequence[int], should_stop: Callable[[], bool]
+) -> tuple[StepResult, Fault | None] | None:
+    """One step, and why its update was left out if it was; None when it was broken off because of ``should_stop``."""
+    counters, plan = trainer.counters, trainer.plan
+    before = capture_random_state()
+    trainer.loss_model.train()
+    try:
+        result = training_step(
+            trainer,
+            micro_batches(trainer, rows),
+            learning_rate_at(plan, counters.updates),
+            describe_rows=lambda: describe_rows(trainer.rows, rows),
+            should_stop=should_stop,
+        )
+    except StopRequested:
+        _back_to_the_boundary(trainer, before)
+        return None
+    except NotFiniteError as error:
+        trainer.optimizer.zero_grad(set_to_none=True)  # room for the search
+        try:
+            fault = find_fault(trainer, rows, before, error)
+        finally:
+            _back_to_the_boundary(trainer, before)
+        check_may_skip(counters, plan.steps, fault, policy=trainer.not_finite)
+        return error.result, fault
+    except (DivergedError, DataError) as error:
+        _back_to_the_boundary(trainer, before)
+        raise type(error)(f"step {counters.step + 1}: {error}") from error
+    except BaseException:
+        _back_to_the_boundary(trainer, before)
+        raise
+    return result, None
+
+
+def _back_to_the_boundary(trainer: Trainer, before: RandomState) -> None:
+    """As it was before the step began, weights apart, which nothing but an update moves."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    restore_random_state(before)
+
+
+def _unmoved(movement: Movement, counters: Counters, plan: Plan) -> tuple[str, ...]:
+    """The weights that should have changed by now; looked at once. Raises DivergedError when nothing changed."""
+    warming_up, at_the_end = counters.updates <= plan.warmup_steps, counters.step == plan.steps
+    if not movement.is_due(warming_up=warming_up, at_the_end=at_the_end):
+        return ()
+    try:
+        return movement.check()
+    except DivergedError as error:
+        raise DivergedError(f"step {counters.step}: {error}") from error
 
 
 def rehearse(trainer: Trainer) -> None:
@@ -180,33 +298,27 @@ def rehearse(trainer: Trainer) -> None:
     trainer.loss_model.train()
     longest = trainer.rows.longest(trainer.plan.micro_batch_size)
     batch = make_batch([trainer.rows.row(row) for row in longest], trainer.packing, trainer.pad_id)
-    loss_sum, _ = trainer.loss_model(*batch_on(trainer.accelerator.device, batch))
-    loss_sum.backward()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    restore_random_state(before)
+    try:
+        loss_sum, _ = trainer.loss_model(*batch_on(trainer.accelerator.device, batch))
+        loss_sum.backward()
+    finally:
+        _back_to_the_boundary(trainer, before)
 
 
 def check_against_ledger(counters: Counters, plan: Plan, ledger: Ledger) -> None:
     """Raise AssertionError, a bug of trainkit, unless whole epochs trained exactly the tokens of the ledger.
 
-    What was counted on its way through the model is held against what was counted when the rows were made.
+    What was counted on its way through the model is held against what was counted when the rows were made; the tokens
+    of a step without an update were seen, but not trained.
     """
     epochs, rest = divmod(counters.step, plan.steps_per_epoch)
-    seen, expected = (counters.tokens, counters.trained_tokens), (ledger.tokens, ledger.trained_targets)
+    seen = (counters.tokens, counters.trained_tokens + counters.skipped_tokens)
+    expected = (ledger.tokens, ledger.trained_targets)
     if rest == 0 and seen != (epochs * expected[0], epochs * expected[1]):
         raise AssertionError(
             f"{epochs} epochs saw {seen[0]} tokens and trained {seen[1]}; the ledger has {expected[0]} and "
             f"{expected[1]} for each"
         )
-
-
-def describe_rows(rows: PackedRows, indices: Sequence[int], most: int = 3) -> str:
-    """Where the documents of these rows came from, for a message: the first few places and how many more."""
-    places: list[str] = []
-    for index in indices:
-        places += rows.documents_of(index)
-    more = f" and {len(places) - most} more" if len(places) > most else ""
-    return ", ".join(places[:most]) + more
 
 
 def json_numbers(report: StepReport) -> dict[str, Any]:
@@ -225,4 +337,30 @@ def json_numbers(report: StepReport) -> dict[str, Any]:
     }
     if result.loss_scale is not None:
         line |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
+    if report.fault is not None:
+        line |= {"skipped": True, "fault": report.fault.sentence()}
+    if report.spike is not None:
+        line |= {"spike": report.spike}
+    if report.rows:
+        line |= {"rows": list(report.rows), "documents": report.documents}
     return line
+
+
+def remarks(report: StepReport) -> list[str]:
+    """What a person should hear of a step, a line each; nothing where it went as steps go."""
+    result, said = report.result, []
+    if report.fault is not None:
+        said.append(f"{report.fault.sentence()}; no update (training.not_finite: skip)")
+    elif result.skipped:
+        said.append(f"fp16 gradients overflowed; no update, loss scale now {result.loss_scale:g}")
+    if report.spike_begins:
+        said.append(
+            f"the loss jumped to {result.loss:.4g}, {report.spike:.1f} standard deviations above the last ones; "
+            f"rows: {report.documents}"
+        )
+    if report.unmoved:
+        said.append(
+            f"{len(report.unmoved)} of the trained weights did not change in {UPDATES} updates and more, "
+            f"`{report.unmoved[0]}` first; their gradient may be 0"
+        )
+    return [f"step {report.step}: {sentence}" for sentence in said]

@@ -10,7 +10,12 @@ import importlib.util
 import json
 import math
 import os
+import queue
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from trainkit.errors import CheckpointError, MachineError
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
 
 # The key of a line that holds what JSON has no number for: {"not_finite": {"loss": "nan"}}.
 NOT_FINITE = "not_finite"
+FINISH_SECONDS = 60.0  # that a tracker has to send the rest at the end
+MOST_WAITING = 10_000  # steps and evaluations whose numbers wait for a tracker that does not take them
 
 
 class MetricsLog:
@@ -70,15 +77,17 @@ class MetricsLog:
         return True
 
     def truncate_to(self, length_bytes: int) -> None:
-        """Forget every line behind the first ``length_bytes`` bytes; a file that is empty or gone begins anew.
+        """Forget every line behind the first ``length_bytes`` bytes.
 
-        Raises CheckpointError when the file is shorter or no line ends there: it is then another run's, or was edited.
+        A file that is empty or gone begins anew, and one that is shorter goes on behind what it has: lines that a full
+        disk swallowed must not keep a run from continuing. Raises CheckpointError when the file is longer and no line
+        ends there: it is then another run's, or was edited.
         """
-        if length_bytes and not self.length_bytes:
-            self._report(f"{self._path}: is empty; the steps before this one are not recorded")
+        if length_bytes > self.length_bytes:
+            state = "has lost its last lines" if self.length_bytes else "is empty"
+            self._report(f"{self._path}: {state}; steps before this one are not recorded")
             return
-        ends_there = length_bytes == 0 or os.pread(self._descriptor, 1, length_bytes - 1) == b"\n"
-        if length_bytes > self.length_bytes or not ends_there:
+        if length_bytes and os.pread(self._descriptor, 1, length_bytes - 1) != b"\n":
             raise CheckpointError(
                 f"{self._path}: has {self.length_bytes:,} bytes and no line ending at byte {length_bytes:,}, where the "
                 "checkpoint left it; move the file away to continue without its past"
@@ -96,9 +105,12 @@ class MetricsLog:
     def close(self) -> None:
         """Cut off what a failed write may have left, and let go of the file."""
         if self._descriptor >= 0:
-            os.ftruncate(self._descriptor, self.length_bytes)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                os.ftruncate(descriptor, self.length_bytes)
+                os.close(descriptor)
+            except OSError as error:  # a file system may keep what a write failed of until now
+                self._report(f"{self._path}: {error.strerror}; this record may have gaps")
 
     def _report(self, line: str) -> None:
         if not self._failed:
@@ -142,10 +154,66 @@ class Tracker:
     finish: Callable[[], None]
 
 
-class Trackers:
-    """The trackers of a run. One that fails is said once and left out from then on."""
+class TrackerThread:
+    """A tracker in a thread of its own, in which all of it happens: a server that does not answer stops no step.
 
-    def __init__(self, trackers: Iterable[Tracker], on_failure: Callable[[str], None]) -> None:
+    What goes wrong there is kept in ``failure`` as a sentence, for the training thread to say; nothing is sent after
+    it. Making one waits until the tracker has started, and raises what ``start`` raises.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self.name = name
+        self.failure: str | None = None
+        self._work: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MOST_WAITING)
+        self._started: queue.Queue[Exception | None] = queue.Queue()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, args=(start,), name=f"tracker {name}", daemon=True).start()
+        refusal = self._started.get()
+        if refusal is not None:
+            raise refusal
+
+    def send(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Hand over the numbers of a step; waits for nothing."""
+        try:
+            self._work.put_nowait((step, numbers))
+        except queue.Full:
+            self.failure = f"takes no numbers any more (step {step}) and is left out"
+
+    def end(self, seconds: float) -> None:
+        """Let it send what it still has and finish, for at most ``seconds``."""
+        deadline = time.monotonic() + seconds
+        with suppress(queue.Full):
+            self._work.put(None, timeout=seconds)
+        if not self._ended.wait(max(0.0, deadline - time.monotonic())):
+            self.failure = f"did not finish in {seconds:g} seconds and is left behind"
+
+    def _run(self, start: Callable[[], Tracker]) -> None:
+        try:
+            tracker = start()
+        except Exception as error:  # whatever its library raises when it finds no login, server or room
+            self._started.put(error)
+            return
+        self._started.put(None)
+        while (work := self._work.get()) is not None:
+            step, numbers = work
+            if self.failure is not None:
+                continue
+            try:
+                tracker.log(step, numbers)
+            except Exception as error:  # whatever a tracker's own library may raise: training must not end for it
+                self.failure = f"failed at step {step} and is left out: {_one_line(error)}"
+        if self.failure is None:
+            try:
+                tracker.finish()
+            except Exception as error:  # as above: the run is complete without it
+                self.failure = f"failed at the end: {_one_line(error)}"
+        self._ended.set()
+
+
+class Trackers:
+    """The trackers of a run. One that fails or hangs is said once and left out from then on."""
+
+    def __init__(self, trackers: Iterable[TrackerThread], on_failure: Callable[[str], None]) -> None:
         self._trackers = list(trackers)
         self._on_failure = on_failure
 
@@ -157,20 +225,20 @@ class Trackers:
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
         for tracker in list(self._trackers):
-            try:
-                tracker.log(step, numbers)
-            except Exception as error:  # whatever a tracker's own library may raise: training must not end for it
-                self._trackers.remove(tracker)
-                self._on_failure(f"tracking: {tracker.name} failed at step {step} and is left out: {_one_line(error)}")
+            tracker.send(step, numbers)
+            self._leave_out_if_failed(tracker)
 
     def finish(self) -> None:
-        """Let every tracker write what it still holds."""
-        while self._trackers:
-            tracker = self._trackers.pop()
-            try:
-                tracker.finish()
-            except Exception as error:  # as above: the run is complete without it
-                self._on_failure(f"tracking: {tracker.name} failed at the end: {_one_line(error)}")
+        """Let every tracker send what it still holds; one that takes longer than a minute is left behind."""
+        for tracker in list(self._trackers):
+            tracker.end(FINISH_SECONDS)
+            self._leave_out_if_failed(tracker)
+        self._trackers.clear()
+
+    def _leave_out_if_failed(self, tracker: TrackerThread) -> None:
+        if tracker.failure is not None:
+            self._trackers.remove(tracker)
+            self._on_failure(f"tracking: {tracker.name} {tracker.failure}")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -202,10 +270,11 @@ def open_trackers(
     """
     check_trackers(names)
     starters = {"tensorboard": _start_tensorboard, "wandb": _start_wandb, "mlflow": _start_mlflow}
-    started: list[Tracker] = []
+    started: list[TrackerThread] = []
     for name in names:
         try:
-            started.append(starters[name](folder, config, run_id, first_step))
+            start = partial(starters[name], folder, config, run_id, first_step)
+            started.append(TrackerThread(name, start))
         except Exception as error:  # whatever its library raises when it finds no login, server or room
             Trackers(started, on_failure).finish()
             raise MachineError(

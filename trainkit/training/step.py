@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -37,7 +37,8 @@ class StopRequested(Exception):  # noqa: N818 - it is no error
 class StepResult:
     """What one step did. ``loss`` is the mean over the trained tokens of the whole step, before the update.
 
-    ``skipped`` means that fp16 gradients overflowed: the weights did not move and the loss scale was halved.
+    ``grad_norm`` is NaN where no backward pass was looked at. ``skipped`` means that the weights did not move: fp16
+    gradients overflowed and the loss scale was halved, or the step came out not finite.
     """
 
     loss: float
@@ -48,6 +49,27 @@ class StepResult:
     seconds: float
     skipped: bool
     loss_scale: float | None
+
+
+class NotFiniteError(DivergedError):
+    """A number of a step is not finite; the weights are as they were before it.
+
+    ``quantity`` says which one, and ``value`` what it is; ``result`` is the step as far as it came, without an update.
+    """
+
+    def __init__(
+        self, quantity: Literal["learning rate", "loss", "gradient's norm"], value: float, result: StepResult
+    ) -> None:
+        super().__init__(f"the {quantity} is {value}")
+        self.quantity = quantity
+        self.result = result
+
+
+class HalfUpdatedError(RuntimeError):
+    """The optimizer failed in the middle of an update: some weights have moved and others have not.
+
+    What it failed of is its ``__cause__``.
+    """
 
 
 class Stepper(Protocol):
@@ -70,32 +92,41 @@ def training_step(
 ) -> StepResult:
     """Forward, backward and update over the micro-batches of one step.
 
-    ``describe_rows`` names the documents of the step and is called only when something went wrong. Raises DivergedError
-    before the update when the loss or the gradient is not finite, DataError when the step has no trained token, and
-    StopRequested when ``should_stop`` says so between micro-batches; gradients are then the caller's to drop.
+    ``describe_rows`` names the documents of the step and is called only when something went wrong. Before the update
+    it raises NotFiniteError when the learning rate, the loss or the gradient is not finite, DivergedError when fp16
+    overflows at every loss scale, DataError when the step has no trained token, and StopRequested when ``should_stop``
+    says so between micro-batches; gradients are then the caller's to drop. HalfUpdatedError says that the update
+    itself failed.
     """
     started = time.perf_counter()
     trained_tokens, tokens = _counts_over_all_processes(run.accelerator, micro_batches)
     if trained_tokens == 0:
         raise DataError(f"no trained token in a whole step (rows: {describe_rows()}); nothing would be learned from it")
+
+    def result(loss: float, grad_norm: float, *, skipped: bool) -> StepResult:
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            trained_tokens=trained_tokens,
+            tokens=tokens,
+            learning_rate=learning_rate,
+            seconds=time.perf_counter() - started,
+            skipped=skipped,
+            loss_scale=None if run.scaler is None else run.scaler.get_scale(),
+        )
+
+    if not math.isfinite(learning_rate):
+        raise NotFiniteError("learning rate", learning_rate, result(math.nan, math.nan, skipped=True))
     loss = _accumulate(run, micro_batches, trained_tokens, should_stop)
     if not math.isfinite(loss):
-        raise DivergedError(
-            f"the loss is {loss} at learning rate {learning_rate:.2g}, before the update; lower "
-            f"training.learning_rate, or look at the examples: {describe_rows()}"
-        )
+        raise NotFiniteError("loss", loss, result(loss, math.nan, skipped=True))
+    grad_norm = _clip(run)
+    overflowed = not math.isfinite(grad_norm)
+    if overflowed and run.scaler is None:
+        raise NotFiniteError("gradient's norm", grad_norm, result(loss, grad_norm, skipped=True))
     set_learning_rate(run.optimizer, learning_rate)
-    grad_norm, skipped = _update(run, describe_rows)
-    return StepResult(
-        loss=loss,
-        grad_norm=grad_norm,
-        trained_tokens=trained_tokens,
-        tokens=tokens,
-        learning_rate=learning_rate,
-        seconds=time.perf_counter() - started,
-        skipped=skipped,
-        loss_scale=None if run.scaler is None else run.scaler.get_scale(),
-    )
+    _update(run, describe_rows)
+    return result(loss, grad_norm, skipped=overflowed)
 
 
 def batch_on(
@@ -139,23 +170,25 @@ def _accumulate(
     return float(total) / trained_tokens
 
 
-def _update(run: Stepper, describe_rows: Callable[[], str]) -> tuple[float, bool]:
-    """Unscale, clip, check, step, zero; returns the gradient norm before clipping, and whether it was skipped."""
+def _clip(run: Stepper) -> float:
+    """Unscale and clip the gradients; returns their norm over all weights before clipping."""
     parameters = [p for p in run.loss_model.parameters() if p.grad is not None]
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     limit = math.inf if run.max_grad_norm is None else run.max_grad_norm
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    finite = math.isfinite(grad_norm)
-    if not finite and run.scaler is None:
-        raise DivergedError(
-            f"the gradient's norm is {grad_norm}, before the update; lower "
-            f"training.learning_rate, or look at the examples: {describe_rows()}"
-        )
-    if run.scaler is None:
-        run.optimizer.step()
-    else:
-        run.scaler.step(run.optimizer)  # does nothing when unscale_ found a number that is not finite
+    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def _update(run: Stepper, describe_rows: Callable[[], str]) -> None:
+    """Move the weights and drop the gradients; with fp16, only where no gradient overflowed."""
+    try:
+        if run.scaler is None:
+            run.optimizer.step()
+        else:
+            run.scaler.step(run.optimizer)  # does nothing when unscale_ found a number that is not finite
+    except (RuntimeError, MemoryError) as error:
+        raise HalfUpdatedError(str(error)) from error
+    if run.scaler is not None:
         run.scaler.update()
         if run.scaler.get_scale() < SMALLEST_LOSS_SCALE:
             raise DivergedError(
@@ -163,4 +196,3 @@ def _update(run: Stepper, describe_rows: Callable[[], str]) -> tuple[float, bool
                 f"rows: {describe_rows()}. Use precision: bf16 or fp32"
             )
     run.optimizer.zero_grad(set_to_none=True)
-    return grad_norm, not finite
