@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import threading
+import time
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -75,24 +78,43 @@ def test_a_resumed_run_goes_back_to_where_the_checkpoint_was(tmp_path: Path) -> 
     assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 4.0}]
 
 
-@pytest.mark.parametrize("length_bytes", [5, 100])
-def test_going_back_to_where_no_line_ends_is_refused(tmp_path: Path, length_bytes: int) -> None:
+def test_going_back_to_where_no_line_ends_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path, ignore) as log:
         log.append({"step": 1})
-        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: has 12 bytes and no line ending at byte"):
-            log.truncate_to(length_bytes)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: has 12 bytes and no line ending at byte 5,"):
+            log.truncate_to(5)
     assert read_metrics(path) == [{"step": 1}]
 
 
-def test_a_file_that_was_moved_away_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "state"), [("", "is empty"), ('{"step": 1}\n{"st', "has lost its last lines")], ids=["moved", "lost"]
+)
+def test_lines_that_are_gone_do_not_keep_a_run_from_continuing(tmp_path: Path, content: str, state: str) -> None:
     path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
     said: list[str] = []
     with MetricsLog(path, said.append) as log:
         log.truncate_to(100)
         log.append({"step": 9})
-    assert read_metrics(path) == [{"step": 9}]
-    assert said == [f"{path}: is empty; the steps before this one are not recorded"]
+    assert read_metrics(path) == [*([{"step": 1}] if content else []), {"step": 9}]
+    assert said == [f"{path}: {state}; steps before this one are not recorded"]
+
+
+def test_what_the_file_system_says_at_the_close_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    said: list[str] = []
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with MetricsLog(path, said.append) as log:
+        log.append({"step": 1})
+        monkeypatch.setattr("trainkit.training.metrics.os.ftruncate", full)
+        monkeypatch.setattr("trainkit.training.metrics.os.fsync", full)
+        log.sync()
+    assert said == [f"{path}: No space left on device; training goes on, this record may have gaps"]
+    assert read_metrics(path) == [{"step": 1}]
 
 
 def test_half_a_line_of_a_killed_run_is_written_over(tmp_path: Path) -> None:
@@ -240,6 +262,45 @@ def test_a_tracker_that_fails_at_the_end_does_not_end_the_run(tmp_path: Path, mo
     said: list[str] = []
     open_trackers(["wandb"], RunFolder(tmp_path), {}, on_failure=said.append, run_id="a1").finish()
     assert said == ["tracking: wandb failed at the end: OSError"]
+
+
+@pytest.mark.parametrize("hangs", ["log", "finish"])
+def test_a_server_that_does_not_answer_holds_up_nothing(
+    hangs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+
+    def wait(*_: object, **__: object) -> None:
+        answered.wait()
+
+    calls: dict[str, Any] = {"log": lambda *_, **__: None, "finish": lambda: None} | {hangs: wait}
+    run = types.SimpleNamespace(**calls)
+    pretend_package("wandb", monkeypatch, init=lambda **_: run, Settings=dict)
+    monkeypatch.setattr("trainkit.training.metrics.FINISH_SECONDS", 0.2)
+    said: list[str] = []
+    trackers = open_trackers(["wandb"], RunFolder(tmp_path), {}, on_failure=said.append, run_id="a1")
+    started = time.monotonic()
+    for step in range(100):
+        trackers.log(step, {"loss": 1.0})
+    trackers.finish()
+    assert time.monotonic() - started < 10
+    assert said == ["tracking: wandb did not finish in 0.2 seconds and is left behind"]
+    answered.set()
+
+
+def test_numbers_that_a_tracker_does_not_take_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    run = types.SimpleNamespace(log=lambda *_, **__: answered.wait(), finish=lambda: None)
+    pretend_package("wandb", monkeypatch, init=lambda **_: run, Settings=dict)
+    monkeypatch.setattr("trainkit.training.metrics.MOST_WAITING", 3)
+    said: list[str] = []
+    trackers = open_trackers(["wandb"], RunFolder(tmp_path), {}, on_failure=said.append, run_id="a1")
+    for step in range(9):
+        trackers.log(step, {"loss": 1.0})
+    trackers.finish()
+    assert len(said) == 1
+    assert re.fullmatch(r"tracking: wandb takes no numbers any more \(step [34]\) and is left out", said[0])
+    answered.set()
 
 
 @pytest.mark.filterwarnings("default")

@@ -19,7 +19,7 @@ from trainkit.data.sources import source_files
 from trainkit.errors import CheckpointError, DivergedError, MachineError, Stopped, UsageError
 from trainkit.memory.fit import advice_after_failure, fit
 from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
-from trainkit.model.export import save_result, verify_result
+from trainkit.model.export import save_result, verify_result, verify_tokenizer
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
 from trainkit.model.result_folder import check_free
@@ -509,6 +509,7 @@ class Run:
         )
         row = trainer.rows.row(0)
         sentences += verify_result(self.folder.final, trainer.model, row.ids_T[: int(row.segment_lengths[0])])
+        verify_tokenizer(self.folder.final, self.base.tokenizer, self.encoder.chat_template)
         summary: dict[str, Any] = {
             "output_dir": str(self.folder.root),
             "final": str(self.folder.final),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 720, 240  # of a chart, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 32  # margins that hold the axes
+MOST_INCIDENTS = 50  # shown of the steps that stand out
 MOST_POINTS = 600  # a longer curve shows the lowest and highest value of each stretch, so that no spike is lost
 
 # Parts of the rows in the order of ledger.json's second sum, and the colour of each.
@@ -75,6 +76,7 @@ def report_page(folder: RunFolder) -> str:
     sections = [
         _summary(metrics),
         _charts(metrics),
+        _incidents(metrics),
         _samples(samples),
         _ledger(_json_or_none(folder.ledger)),
         _recipe(folder.recipe),
@@ -260,6 +262,30 @@ def unbroken(points: Iterable[tuple[float, float | None]]) -> Iterator[list[tupl
             run = []
     if run:
         yield run
+
+
+def _incidents(metrics: list[dict[str, Any]]) -> str:
+    """Steps whose update was left out, and steps whose loss jumped, with their rows; the first of very many."""
+    rows = []
+    for record in metrics:
+        if "fault" in record:
+            what = f"no update: {record['fault']}"
+        elif "spike" in record:
+            what = f"loss {record['loss']:.4g}, {record['spike']:.1f} standard deviations above the last ones"
+        else:
+            continue
+        numbers = ", ".join(map(str, record["rows"]))
+        cells = (what, record["documents"], numbers)
+        rows.append(
+            f'<tr><td class="number">{record["step"]:,}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        )
+    if not rows:
+        return ""
+    more = f"<p>and {len(rows) - MOST_INCIDENTS:,} more in metrics.jsonl</p>" if len(rows) > MOST_INCIDENTS else ""
+    head = "".join(f"<th>{name}</th>" for name in ("step", "what happened", "documents", "rows"))
+    return (
+        f"<h2>Steps that stand out</h2>\n<table><tr>{head}</tr>{''.join(rows[:MOST_INCIDENTS])}</table>{more}"
+    )
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
