@@ -1,4 +1,4 @@
-"""A run that goes wrong says so, names the step and the rows, and saves nothing that is spoiled. Through the command."""
+"""A run that goes wrong says so, names the step and the rows, and saves nothing that is spoiled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import os
 import re
 import signal
+import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,16 +31,18 @@ if TYPE_CHECKING:
 Said = pytest.CaptureFixture[str]
 SENTENCES = ["the quick brown fox", "jumps over a lazy dog", "and what is it then", "it is the end"]
 POISONED_LINE = 8
-POISON = "Z"  # a letter of no other example: one token, by which its row is known
+SURPRISING_LINE = 13
+POISON, SURPRISE = "Z", "Y"  # letters of no other example: single tokens, by which their rows are known
 
 
 @dataclass(frozen=True)
 class Room:
-    """A recipe over 24 examples, each a row of its own, 4 to a step; line 8 holds the letter that stands for poison."""
+    """A recipe over 24 examples, each a row of its own, 4 to a step; lines 8 and 13 hold a letter of their own."""
 
     recipe: dict[str, Any]
     folder: Path
     poison: int
+    surprise: int
     monkeypatch: pytest.MonkeyPatch
 
     @property
@@ -72,7 +75,8 @@ class Room:
 
         def change(loss: torch.Tensor, ids_RT: torch.Tensor) -> torch.Tensor:
             if bool((ids_RT == self.poison).any()) and loss.requires_grad:
-                loss.register_hook(lambda gradient: gradient * math.inf)
+                hook: Any = loss.register_hook
+                hook(lambda gradient: gradient * math.inf)
             return loss
 
         self.in_training(change)
@@ -101,13 +105,14 @@ def room(
 ) -> Room:
     lines = []
     for number in range(1, 25):
-        answer = SENTENCES[number % 4] + (f" {POISON}" if number == POISONED_LINE else "")
+        letter = {POISONED_LINE: POISON, SURPRISING_LINE: SURPRISE}.get(number, "")
+        answer = f"{SENTENCES[number % 4]} {letter}".strip()
         turns = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns}))
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
     small_recipe["data"] = {"train": "train.jsonl"}
     small_recipe["adapter"]["dropout"] = 0.1
-    small_recipe["packing"] = {"sequence_length": 64, "strategy": "none"}
+    small_recipe["packing"] = {"sequence_length": 64, "overlap": 8, "strategy": "none"}
     small_recipe["training"] = {"steps": 12, "tokens_per_step": 256, "micro_batch_size": 4, "learning_rate": 1e-3}
     small_recipe["checkpoints"] = {"every_steps": 1, "keep_last": 20}
     del small_recipe["evaluation"]
@@ -115,7 +120,8 @@ def room(
     monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     # What a step takes is not asked here; that it is asked has tests of its own.
     monkeypatch.setattr("trainkit.commands.fine_tune.fit", lambda *_: Fit(4, None, ()))
-    return Room(small_recipe, tmp_path, int(tiny_tokenizer.convert_tokens_to_ids(POISON)), monkeypatch)
+    poison, surprise = tiny_tokenizer.convert_tokens_to_ids([POISON, SURPRISE])
+    return Room(small_recipe, tmp_path, poison, surprise, monkeypatch)
 
 
 def only_error(capfd: Said) -> str:
@@ -161,7 +167,7 @@ def test_a_row_that_is_mended_lets_the_run_go_on_to_the_same_bits(room: Room, ca
     """What the search for the row drew and computed leaves no trace: dropout goes on where it was."""
     assert room.fine_tune(output_dir="whole") == 0
     with room.monkeypatch.context() as patch:
-        Room(room.recipe, room.folder, room.poison, patch).poison_loss(math.nan)
+        replace(room, monkeypatch=patch).poison_loss(math.nan)
         assert room.fine_tune() == 7
     assert room.fine_tune() == 0
     assert room.metrics() == room.metrics("whole")
@@ -174,7 +180,6 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def test_where_every_row_is_not_finite_the_learning_rate_is_to_blame(room: Room, capfd: Said) -> None:
-    room.at_step(0, lambda loss: loss)
     room.in_training(lambda loss, _: loss * math.nan)
     assert room.fine_tune() == 7
     assert re.match(
@@ -299,19 +304,19 @@ def stopped_after(room: Room) -> Callable[[int], None]:
 def test_a_run_with_a_step_left_out_and_spikes_continues_to_the_same_bits(
     room: Room, stopped_after: Callable[[int], None], capfd: Said
 ) -> None:
-    room.monkeypatch.setattr("trainkit.training.spikes.FEWEST", 2)
-    room.monkeypatch.setattr("trainkit.training.spikes.THRESHOLD", 0.5)
+    room.monkeypatch.setattr("trainkit.training.spikes.FEWEST", 1)
+    room.monkeypatch.setattr("trainkit.training.faults.MOST_SHARE", 0.5)
     room.recipe["training"] |= {"not_finite": "skip", "steps": 10}
     room.poison_loss(math.nan)
+    room.in_training(lambda loss, ids_RT: loss * 20 if bool((ids_RT == room.surprise).any()) else loss)
     assert room.fine_tune(output_dir="whole") == 0
     whole = room.metrics("whole")
-    (at,) = (line["step"] for line in whole if line.get("skipped"))
+    at = next(line["step"] for line in whole if line.get("skipped"))
     spikes = [line["step"] for line in whole if "spike" in line]
     assert spikes
-    for step in (at, spikes[0]):
+    for step in sorted({at, spikes[0], 8}):
         stopped_after(step)
-        capfd.readouterr()
-        assert room.fine_tune() in {75, 0}
+        assert room.fine_tune() == 75
     room.monkeypatch.setattr("trainkit.commands.fine_tune.train", loop.train)
     assert room.fine_tune() == 0
     assert room.metrics() == whole
@@ -332,13 +337,13 @@ def test_too_many_steps_without_an_update_end_the_run(room: Room, capfd: Said) -
 
 
 def test_a_learning_rate_that_fp32_rounds_away_is_no_training(room: Room, capfd: Said) -> None:
-    """The second factors start at zero, where every change counts; a weight of a whole model has digits to lose."""
+    """All but the embedding of padding, which is exactly zero and therefore moves: that is no training either."""
     del room.recipe["adapter"]
     room.recipe["training"] |= {"learning_rate": 1e-30, "optimizer": "sgd"}
     assert room.fine_tune() == 7
     line = only_error(capfd)
     assert re.match(
-        r"error: step 5: none of the \d+ trained weights changed after 5 updates at learning rates up to 1e-30, `.*` "
+        r"error: step 5: 0\.\d% of the trained weights changed in 5 updates at learning rates up to 1e-30, `.*` "
         r"first; raise training\.learning_rate: fp32 rounds smaller changes away\. Newest good checkpoint: ",
         line,
     ), line
@@ -348,7 +353,7 @@ def test_a_run_shorter_than_that_is_looked_at_at_its_end(room: Room, capfd: Said
     room.recipe["training"]["steps"] = 2
     room.monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
     assert room.fine_tune() == 7
-    assert re.match(r"error: step 2: none of the \d+ trained weights changed after 2 updates", only_error(capfd))
+    assert re.match(r"error: step 2: 0\.0% of the trained weights changed in 2 updates", only_error(capfd))
     assert not (room.run_folder / "final").exists()
 
 
@@ -356,9 +361,7 @@ def test_a_gradient_of_zero_is_no_training_whatever_the_decay_moves(room: Room, 
     room.recipe["training"]["weight_decay"] = 0.1
     room.in_training(lambda loss, _: loss * 0 + 3.0)
     assert room.fine_tune() == 7
-    assert re.match(
-        r"error: step 5: the gradient was 0 in every step after 5 updates: nothing is learned", only_error(capfd)
-    )
+    assert re.match(r"error: step 5: the gradient was 0 in all of 5 updates: nothing is learned", only_error(capfd))
 
 
 # --- spikes
@@ -394,7 +397,7 @@ def test_out_of_memory_says_what_was_held_and_what_to_change_and_saves_the_state
 
     room.recipe["checkpoints"]["every_steps"] = None
     with room.monkeypatch.context() as patch:
-        Room(room.recipe, room.folder, room.poison, patch).at_step(4, full)
+        replace(room, monkeypatch=patch).at_step(4, full)
         assert room.fine_tune() == 5
     line = only_error(capfd)
     assert re.match(
@@ -442,7 +445,9 @@ def test_a_full_disk_under_the_metrics_ends_no_run_and_no_resume(
     assert room.fine_tune() == 75
     assert room.fine_tune() == 0
     said = capfd.readouterr().err
-    assert said.count("metrics.jsonl: No space left on device; training goes on, this record has gaps") == 2  # once a run
+    assert (
+        said.count("metrics.jsonl: No space left on device; training goes on, this record has gaps") == 2
+    )  # once a run
     recorded = [line["step"] for line in room.metrics()]
     assert recorded == list(range(1, len(recorded) + 1))
     assert 0 < len(recorded) < 6
@@ -458,7 +463,7 @@ def test_a_tracker_that_fails_ends_no_run(room: Room, capfd: Said, fails: str) -
     tracker = types.ModuleType("wandb")
     tracker.__spec__ = types.SimpleNamespace(origin="here")  # type: ignore[assignment]
     vars(tracker).update(init=lambda **_: types.SimpleNamespace(**calls), Settings=dict)
-    room.monkeypatch.setitem(__import__("sys").modules, "wandb", tracker)
+    room.monkeypatch.setitem(sys.modules, "wandb", tracker)
     room.recipe["tracking"] = ["wandb"]
     assert room.fine_tune() == 0
     assert capfd.readouterr().err.count("warning: tracking: wandb failed at") == 1

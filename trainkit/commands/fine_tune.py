@@ -326,7 +326,8 @@ class Run:
                 with self.interruption.deferring():
                     self._train()
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error.__cause__ if isinstance(error, HalfUpdatedError) else error):
+                reason = error.__cause__ if isinstance(error, HalfUpdatedError) else error
+                if reason is None or not is_out_of_memory(reason):
                     raise
                 raise MachineError(self._out_of_memory(error)) from error
             except DivergedError as error:

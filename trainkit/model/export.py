@@ -94,8 +94,8 @@ def verify_result(
     """Load ``folder`` anew with plain transformers and peft and compare with ``model``: weights bitwise, then logits.
 
     The logits are those of the tokens ``ids_T``, with plain attention on both sides, in the dtype that the base is held
-    in. In fp32 on a CPU they must be the same bits, elsewhere within :data:`FP32_TOLERANCE`. What rounding a full model to
-    its checkpoint's dtype moves is measured apart, and said. Raises ModelError when the two are not the same.
+    in. In fp32 on a CPU they must be the same bits, elsewhere within :data:`FP32_TOLERANCE`. What rounding a full model
+    to its checkpoint's dtype moves is measured apart, and said. Raises ModelError when the two are not the same.
     """
     is_adapter = _is_adapter(model)
     device = next(model.parameters()).device
@@ -118,7 +118,9 @@ def verify_result(
             f"tolerance {tolerance:.0e}; do not use it, and report this"
         )
     library = "peft" if is_adapter else "transformers"
-    far = f"differ by at most {difference.largest:.1e} ({difference.relative:.1e} of the largest, {tolerance:.0e} may be)"
+    far = (
+        f"differ by at most {difference.largest:.1e} ({difference.relative:.1e} of the largest, {tolerance:.0e} may be)"
+    )
     same = "the same logits" if difference.largest == 0 else f"logits {far}"
     return (f"loaded anew by plain {library}: same weights, {same}{rounding}",)
 

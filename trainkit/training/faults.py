@@ -99,7 +99,7 @@ def _alone(trainer: Trainer, row: int, trained_tokens: int, *, backward: bool) -
         return float(loss), 0.0
     # Not backward(): what waits for gradients of the whole step (DistributedDataParallel) must not hear of these.
     gradients = torch.autograd.grad(loss, list(trainer.trained_weights().values()), allow_unused=True)
-    return float(loss), float(torch.nn.utils.get_total_norm([one for one in gradients if one is not None]))
+    return float(loss.detach()), float(torch.nn.utils.get_total_norm([one for one in gradients if one is not None]))
 
 
 def describe_rows(rows: PackedRows, indices: Iterable[int], most: int = 3) -> str:

@@ -67,7 +67,6 @@ class Counters:
         if self.best_eval_loss is None or loss < self.best_eval_loss:
             self.best_eval_loss, self.best_step = loss, self.step
 
-
     def note_step(self, result: StepResult, fault: Fault | None) -> None:
         """Count a step that is done; ``fault`` is why its update was left out, where that is not fp16's doing."""
         self.step += 1

@@ -11,8 +11,15 @@ from trainkit.errors import DivergedError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-UPDATES = 5  # after which every weight that gets gradients has moved; an adapter's first factor moves from the second on
-SECOND_FACTORS = (".lora_B.", ".lora_embedding_B.")  # of peft's names: an adapter whose second factors stay does nothing
+UPDATES = (
+    5  # after which every weight that gets gradients has moved; an adapter's first factor moves from the second on
+)
+SECOND_FACTORS = (
+    ".lora_B.",
+    ".lora_embedding_B.",
+)  # of peft's names: an adapter whose second factors stay does nothing
+SAMPLED = 1024  # elements of each weight
+LEAST_SHARE = 0.01  # of the sampled elements; every ordinary update changes nearly all of them
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -24,12 +31,24 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of at most :data:`SAMPLED` elements, evenly spaced over the tensor."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: -(-flat.numel() // SAMPLED)].clone()
+
+
 class Movement:
-    """The trained weights as they stood when this process began to train, and what its updates should have done."""
+    """The trained weights as they stood when this process began to train, and what its updates should have done.
+
+    Which tensors changed is told by their fingerprints, so that a change of a single element counts. Whether training
+    moves anything to speak of is told by a sample of the elements: where fp32 rounds an update away, weights that are
+    exactly zero (the embedding of padding) still follow it.
+    """
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = weights
         self._before = {name: fingerprint(weight) for name, weight in weights.items()}
+        self._sampled = {name: sample(weight) for name, weight in weights.items()}
         self._updates = 0
         self._highest_rate = 0.0
         self._any_gradient = False
@@ -49,26 +68,29 @@ class Movement:
     def check(self) -> tuple[str, ...]:
         """The names of the weights that should have changed and have not, after enough updates to say so.
 
-        Raises DivergedError when there was no gradient at all, when no weight changed, or none of an adapter's second
-        factors, without which it is no adapter.
+        Raises DivergedError when there was no gradient at all, when hardly any element changed, or none of an
+        adapter's second factors, without which it is no adapter.
         """
         self._judged = True
         same = [self._before[name].eq(fingerprint(weight)) for name, weight in self._weights.items()]
         unmoved = [name for name, is_same in zip(self._weights, torch.stack(same).tolist(), strict=True) if is_same]
-        after = f"after {self._updates} update{'s' * (self._updates > 1)}"
+        after = f"{self._updates} update{'s' * (self._updates > 1)}"
         if not self._any_gradient:
             raise DivergedError(
-                f"the gradient was 0 in every step {after}: nothing is learned from these targets; look at what is "
-                "trained with trainkit inspect-data"
+                f"the gradient was 0 in all of {after}: nothing is learned from these targets; look at what is trained "
+                "with trainkit inspect-data"
             )
-        for kind, names in (("trained weights", list(self._weights)), ("adapter's second factors", self._factors())):
-            if names and set(names) <= set(unmoved):
-                raise DivergedError(
-                    f"none of the {len(names)} {kind} changed {after} at learning rates up to "
-                    f"{self._highest_rate:.2g}, `{names[0]}` first; raise training.learning_rate: "
-                    "fp32 rounds smaller changes away"
-                )
+        first = f", `{unmoved[0]}` first" if unmoved else ""
+        small = f"at learning rates up to {self._highest_rate:.2g}{first}; raise training.learning_rate: fp32 rounds"
+        share = self._share_moved()
+        if share < LEAST_SHARE:
+            raise DivergedError(f"{share:.1%} of the trained weights changed in {after} {small} smaller changes away")
+        factors = [name for name in self._weights if any(part in f"{name}." for part in SECOND_FACTORS)]
+        if factors and set(factors) <= set(unmoved):
+            raise DivergedError(f"none of the adapter's second factors changed in {after} {small} smaller changes away")
         return tuple(unmoved) if self._updates >= UPDATES else ()
 
-    def _factors(self) -> list[str]:
-        return [name for name in self._weights if any(part in f"{name}." for part in SECOND_FACTORS)]
+    def _share_moved(self) -> float:
+        """The share of the sampled elements that changed."""
+        moved = torch.stack([(self._sampled[name] != sample(one)).sum() for name, one in self._weights.items()])
+        return int(moved.sum()) / sum(one.numel() for one in self._sampled.values())

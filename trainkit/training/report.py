@@ -276,16 +276,13 @@ def _incidents(metrics: list[dict[str, Any]]) -> str:
             continue
         numbers = ", ".join(map(str, record["rows"]))
         cells = (what, record["documents"], numbers)
-        rows.append(
-            f'<tr><td class="number">{record["step"]:,}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        )
+        shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr><td class="number">{record["step"]:,}</td>{shown}</tr>')
     if not rows:
         return ""
     more = f"<p>and {len(rows) - MOST_INCIDENTS:,} more in metrics.jsonl</p>" if len(rows) > MOST_INCIDENTS else ""
     head = "".join(f"<th>{name}</th>" for name in ("step", "what happened", "documents", "rows"))
-    return (
-        f"<h2>Steps that stand out</h2>\n<table><tr>{head}</tr>{''.join(rows[:MOST_INCIDENTS])}</table>{more}"
-    )
+    return f"<h2>Steps that stand out</h2>\n<table><tr>{head}</tr>{''.join(rows[:MOST_INCIDENTS])}</table>{more}"
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
