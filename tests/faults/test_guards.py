@@ -21,6 +21,7 @@ from trainkit.cli import run
 from trainkit.memory.fit import Fit
 from trainkit.model.loss import LossModel
 from trainkit.training import loop
+from trainkit.training.step import _counts_over_all_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -202,13 +203,13 @@ def spoil_a_weight(room: Room, at_update: int, value: float) -> None:
     """Let one update leave a weight that is not finite, as an overflow in the optimizer would."""
     really, calls = torch.optim.AdamW.step, iter(range(1, 10**6))
 
-    def step(optimizer: torch.optim.AdamW, closure: None = None) -> None:
+    def spoiled(optimizer: torch.optim.AdamW, closure: None = None) -> None:
         really(optimizer)
         if next(calls) == at_update:
             with torch.no_grad():
                 optimizer.param_groups[0]["params"][0].view(-1)[3] = value
 
-    room.monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    room.monkeypatch.setattr(torch.optim.AdamW, "step", spoiled)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -336,6 +337,32 @@ def test_too_many_steps_without_an_update_end_the_run(room: Room, capfd: Said) -
 # --- nothing moves
 
 
+def test_a_step_without_a_token_to_train_is_an_error(room: Room, capfd: Said) -> None:
+    steps = iter(range(1, 10**6))
+    really = _counts_over_all_processes
+
+    def counts(*given: Any) -> tuple[int, int]:
+        return really(*given) if next(steps) < 3 else (0, 40)
+
+    room.monkeypatch.setattr("trainkit.training.step._counts_over_all_processes", counts)
+    assert room.fine_tune() == 3
+    line = only_error(capfd)
+    assert re.match(r"error: step 3: no trained token in a whole step \(rows: train\.jsonl:.* and 1 more\); ", line), (
+        line
+    )
+    assert line.endswith("step-000002")
+
+
+def test_a_run_whose_only_step_is_left_out_has_trained_nothing(room: Room, capfd: Said) -> None:
+    room.recipe["training"] |= {"not_finite": "skip", "steps": 1}
+    room.in_training(lambda loss, ids_RT: loss * math.nan if len(ids_RT) > 1 else loss)
+    assert room.fine_tune() == 7
+    assert "error: step 1: the run ends without a single update; nothing was trained. No checkpoint" in only_error(
+        capfd
+    )
+    assert not (room.run_folder / "final").exists()
+
+
 def test_a_learning_rate_that_fp32_rounds_away_is_no_training(room: Room, capfd: Said) -> None:
     """All but the embedding of padding, which is exactly zero and therefore moves: that is no training either."""
     del room.recipe["adapter"]
@@ -391,9 +418,14 @@ def test_a_loss_spike_is_said_recorded_and_shown_with_its_rows(room: Room, capfd
 # --- out of memory
 
 
-def test_out_of_memory_says_what_was_held_and_what_to_change_and_saves_the_state(room: Room, capfd: Said) -> None:
-    def full(_: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_out_of_memory_says_what_was_held_and_what_to_change_and_saves_the_state(
+    room: Room, capfd: Said, where: str
+) -> None:
+    def full(loss: torch.Tensor) -> torch.Tensor:
+        if where == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss + torch.empty(2**50)  # beyond every address: what a real failure raises on a CPU
 
     room.recipe["checkpoints"]["every_steps"] = None
     with room.monkeypatch.context() as patch:
@@ -413,13 +445,13 @@ def test_out_of_memory_says_what_was_held_and_what_to_change_and_saves_the_state
 def test_weights_of_an_update_that_broke_off_are_not_saved(room: Room, capfd: Said) -> None:
     really, calls = torch.optim.AdamW.step, iter(range(1, 10**6))
 
-    def step(optimizer: torch.optim.AdamW, closure: None = None) -> None:
+    def broken_off(optimizer: torch.optim.AdamW, closure: None = None) -> None:
         really(optimizer)
         if next(calls) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     room.recipe["checkpoints"]["every_steps"] = 2
-    room.monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    room.monkeypatch.setattr(torch.optim.AdamW, "step", broken_off)
     assert room.fine_tune() == 5
     line = only_error(capfd)
     assert line.startswith("error: after step 3 of 12: 4 rows of 64 tokens do not fit")

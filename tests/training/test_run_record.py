@@ -236,13 +236,14 @@ def test_a_run_may_go_on_longer_and_be_fitted_into_memory_otherwise(folder: RunF
     other = replace(
         RECIPE,
         model=replace(RECIPE.model, activation_checkpointing=True),
-        training=replace(RECIPE.training, steps=None, epochs=2, micro_batch_size=1),
+        training=replace(RECIPE.training, steps=None, epochs=2, micro_batch_size=1, not_finite="skip"),
     )
     changes = continuation(folder, begun, other)
     assert changes == [
         "model.activation_checkpointing: false → true",
         "training.epochs: null → 2",
         "training.micro_batch_size: auto → 1",
+        "training.not_finite: stop → skip",
         "training.steps: 4 → null",
     ]
     finished = finish_run(folder, begun)

@@ -16,7 +16,7 @@ from trainkit.console import Console, TrainingView
 from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
-from trainkit.errors import CheckpointError, DivergedError, MachineError, Stopped, UsageError
+from trainkit.errors import CheckpointError, DataError, DivergedError, MachineError, Stopped, UsageError
 from trainkit.memory.fit import advice_after_failure, fit
 from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result, verify_tokenizer
@@ -330,8 +330,8 @@ class Run:
                 if reason is None or not is_out_of_memory(reason):
                     raise
                 raise MachineError(self._out_of_memory(error)) from error
-            except DivergedError as error:
-                raise DivergedError(f"{error}. {self._newest()}") from error
+            except (DivergedError, DataError) as error:
+                raise type(error)(f"{error}. {self._newest()}") from error
 
     def _continue_from(self, checkpoint: Path | None) -> None:
         if checkpoint is None:
@@ -558,7 +558,7 @@ class Run:
             tokens = f"{summary['skipped_tokens']:,} tokens were seen and not trained"
             facts.append(("skipped", f"{summary['skipped']} of {summary['steps']} steps had no update; {tokens}"))
         if summary["spikes"]:
-            facts.append(("spikes", f"the loss jumped {summary['spikes']} times; metrics.jsonl names the rows"))
+            facts.append(("spikes", f"{summary['spikes']} in the loss; metrics.jsonl and the report name their rows"))
         predicted, measured = summary["peak_memory_predicted_bytes"], summary["peak_memory_measured_bytes"]
         said = "not predicted" if predicted is None else f"{predicted / 2**20:,.0f} MiB predicted"
         if self.saver.checkpoints:

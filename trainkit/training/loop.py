@@ -283,6 +283,8 @@ def _back_to_the_boundary(trainer: Trainer, before: RandomState) -> None:
 def _unmoved(movement: Movement, counters: Counters, plan: Plan) -> tuple[str, ...]:
     """The weights that should have changed by now; looked at once. Raises DivergedError when nothing changed."""
     warming_up, at_the_end = counters.updates <= plan.warmup_steps, counters.step == plan.steps
+    if at_the_end and counters.updates == 0:
+        raise DivergedError(f"step {counters.step}: the run ends without a single update; nothing was trained")
     if not movement.is_due(warming_up=warming_up, at_the_end=at_the_end):
         return ()
     try:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 # What may differ between a run and its continuation. Where it lies, what is looked at, what is kept:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
+# What is done when something goes wrong:
+POLICY = ("training.not_finite",)
 # How long it goes on:
 LENGTH = ("training.steps", "training.epochs")
 # How a step is fitted into memory, which changes no number but for rounding:
@@ -185,7 +187,7 @@ def check_continuation(
     """
     before = read_recipe(str(folder.recipe)).recipe
     changed = recipe_differences(before, recipe)
-    differing = [line for key, line in changed.items() if key not in LENGTH + FITTING]
+    differing = [line for key, line in changed.items() if key not in POLICY + LENGTH + FITTING]
     if not differing and record.data_key != data_key:
         differing = ["the data, the tokenizer or the chat template (their content, not the recipe)"]
     if not differing and record.base_model != base_model:
