@@ -13,12 +13,13 @@ import pytest
 import trainkit.memory
 from trainkit.memory import quick
 from trainkit.memory.estimate import estimate, quick_peak_bytes
-from trainkit.memory.families import FAMILIES
+from trainkit.memory.families import FAMILIES, family_of
 from trainkit.memory.models import known_models
 from trainkit.memory.quick import LogFile, LogKey, all_files, covers, key_of, stored_lines
-from trainkit.memory.recording import record
+from trainkit.memory.recording import _SEVERAL_ROWS, _factors, record
 from trainkit.memory.replay import CUDA_BLOCK_BYTES
 from trainkit.memory.scenario import Device, Scenario
+from trainkit.memory.symbolic_log import Dimensions
 from trainkit.model.loss import _PLAIN_LOGITS, CHUNK_TOKENS
 from trainkit.recipe.schema import Adapter
 
@@ -55,24 +56,48 @@ COVERED = {
 }
 
 
-def with_eight_layers(name: str) -> dict[str, Any]:
-    """A known model's configuration, less deep, so that all of it is soon traced."""
+def with_few_layers(name: str) -> dict[str, Any]:
+    """A known model's configuration, less deep, so that all of it is soon traced; of one unit more than is recorded."""
     config = known_models()[name].config
-    return {**config, "num_hidden_layers": 8}
+    family = family_of(config)
+    assert family is not None, name
+    left_over = config[family.keys.layers] % family.period
+    return {**config, family.keys.layers: 5 * family.period + left_over}
 
 
-# One known model of each further family.
+# One known model of each further family, and of each number of layers beyond whole periods.
 FAMILY_MODELS = {
     "gemma": "gemma-7b",
+    "gemma-one-key-head": "gemma-2b",
     "granite": "granite-3.1-8b",
     "olmo": "olmo-1b",
     "olmo-untied": "olmo-7b",
     "olmo2": "olmo-2-7b",
+    "gpt_neox": "pythia-410m",
+    "phi": "phi-2",
+    "phi3": "phi-4",
+    "phi3-partial": "phi-4-mini",
+    "stablelm": "stablelm-3b-4e1t",
+    "gpt2": "gpt2-xl",
+    "smollm3": "smollm3-3b",
+    "gemma2": "gemma-2-2b",
+    "gemma3": "gemma-3-12b",
+    "gemma3-2-over": "gemma-3-27b",
+    "gemma3-4-over": "gemma-3-4b",
+    "gemma3-one-key-head": "gemma-3-1b",
 }
 WAYS = {
     "full": {"micro_batches": 2},
+    "full-rows": {"micro_batch_size": 2, "activation_checkpointing": True, "sequence_length": 900},
+    "lora-row": {"adapter": Adapter(r=8), "sequence_length": 700},
     "lora": {"adapter": Adapter(r=8), "activation_checkpointing": True, "micro_batch_size": 3},
     "qlora": {"adapter": Adapter(type="qlora", r=16), "sequence_length": 1800},
+    "qlora-rows": {
+        "adapter": Adapter(type="qlora", r=16),
+        "sequence_length": 800,
+        "micro_batch_size": 3,
+        "activation_checkpointing": True,
+    },
 }
 
 
@@ -81,7 +106,7 @@ def test_the_recorded_answer_is_the_traced_one(case: str) -> None:
     assert_recorded_is_traced(COVERED[case])
 
 
-FAST = {("gemma", "lora"), ("olmo2", "qlora"), ("granite", "full")}
+FAST = {("gemma", "lora"), ("olmo2", "qlora"), ("granite", "full"), ("gpt2", "lora-row"), ("phi", "full-rows")}
 
 
 @pytest.mark.parametrize(
@@ -93,9 +118,12 @@ FAST = {("gemma", "lora"), ("olmo2", "qlora"), ("granite", "full")}
     ],
 )
 def test_every_further_family_answers_as_its_trace(family: str, way: str) -> None:
-    config = with_eight_layers(FAMILY_MODELS[family])
+    config = with_few_layers(FAMILY_MODELS[family])
     base = Scenario(config=config, sequence_length=1024)
-    assert_recorded_is_traced(replace(base, **WAYS[way]))  # type: ignore[arg-type]
+    scenario = replace(base, **WAYS[way])  # type: ignore[arg-type]
+    if scenario.sequence_length > config.get("n_positions", scenario.sequence_length):
+        scenario = replace(scenario, sequence_length=900, micro_batch_size=2)
+    assert_recorded_is_traced(scenario)
 
 
 def assert_recorded_is_traced(scenario: Scenario) -> None:
@@ -117,7 +145,7 @@ def test_counts_of_known_models_are_exact() -> None:
         if covers(scenario):
             covered += 1
             assert quick.quick_counts(scenario)[0] == model.parameters, model.name
-    assert covered >= 40
+    assert covered >= 60
 
 
 def assert_current(key: LogKey) -> None:
@@ -145,11 +173,12 @@ def test_no_other_logs_are_stored() -> None:
 
 def test_every_family_is_tried_against_its_trace() -> None:
     tried = {key_of(scenario).file.family for scenario in COVERED.values()}
-    tried |= {
-        key_of(Scenario(config=with_eight_layers(name), sequence_length=1024)).file.family
-        for name in FAMILY_MODELS.values()
-    }
+    files = [
+        key_of(Scenario(config=with_few_layers(name), sequence_length=1024)).file for name in FAMILY_MODELS.values()
+    ]
+    tried |= {file.family for file in files}
     assert tried == {family.name for family in FAMILIES}
+    assert {file.left_over for file in files if file.family == "gemma3"} == {0, 2, 4}
 
 
 def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
@@ -162,7 +191,13 @@ def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
     [
         replace(FULL, config={**LLAMA, "some_new_key": 1}),
         replace(FULL, adapter=Adapter(type="qlora"), sequence_length=1024),
-        replace(FULL, config=known_models()["gemma-3-1b"].config),
+        replace(FULL, config={**known_models()["gemma-3-1b"].config, "num_hidden_layers": 27}),
+        replace(FULL, config={**known_models()["gemma-3-1b"].config, "layer_types": ["full_attention"] * 26}),
+        replace(FULL, config={**known_models()["smollm3-3b"].config, "no_rope_layers": [1] * 36}),
+        replace(FULL, config={**known_models()["pythia-410m"].config, "rotary_pct": 0.5}),
+        replace(FULL, config={**known_models()["gpt2"].config, "resid_pdrop": 0.0}),
+        replace(FULL, config={**known_models()["phi-4-mini"].config, "rope_parameters": {"rope_type": "default"}}),
+        replace(FULL, config={**LLAMA, "num_key_value_heads": 1}),
         replace(FULL, config={**GEMMA, "hidden_activation": "relu"}),
         replace(FULL, config={**LLAMA, "attention_bias": True}),
         replace(FULL, config={**LLAMA, "hidden_act": "gelu"}),
@@ -196,6 +231,20 @@ def test_linear_layers_named_one_by_one_are_all_of_them() -> None:
     named, all_linear = (replace(FULL, adapter=Adapter(target_modules=names)), replace(FULL, adapter=Adapter()))
     assert key_of(named) == key_of(all_linear)
     assert estimate(named).parts == estimate(all_linear).parts
+
+
+def test_a_log_of_one_row_is_used_for_one_row_alone() -> None:
+    """Heads before tokens in memory: putting rows end to end is a copy, unless there is one."""
+    one = Scenario(config=known_models()["pythia-410m"].config, sequence_length=1024)
+    assert key_of(one).one_row
+    assert not key_of(replace(one, micro_batch_size=2)).one_row
+    assert not key_of(FULL).one_row
+
+
+def test_a_constant_with_the_prime_of_a_dimension_stays_a_constant() -> None:
+    assert _factors(4 * 61, _SEVERAL_ROWS) == (4 * 61, 1, *[0] * len(Dimensions._fields))
+    share = dict(zip(Dimensions._fields, _factors(_SEVERAL_ROWS.head_width * 4 // 2, _SEVERAL_ROWS)[2:], strict=True))
+    assert {name for name, exponent in share.items() if exponent} == {"head_width"}
 
 
 def test_an_answer_loads_nothing_heavy() -> None:

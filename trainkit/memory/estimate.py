@@ -115,6 +115,11 @@ def estimate(scenario: Scenario, *, exact: bool = False) -> Estimate:
     )
 
 
+def is_quick(scenario: Scenario) -> bool:
+    """Whether the estimate takes milliseconds, not seconds."""
+    return quick.covers(scenario)
+
+
 def quick_peak_bytes(scenario: Scenario) -> int | None:
     """``peak_allocated_bytes`` alone, in a few milliseconds, for a search; None where only a trace knows it."""
     if not quick.covers(scenario):

@@ -41,36 +41,42 @@ class LogFile(NamedTuple):
     family: str
     tied: bool
     method: Method
+    left_over: int = 0  # layers beyond whole periods
 
     @property
     def name(self) -> str:
         """The file's name."""
-        return f"{self.family}-{'tied' if self.tied else 'untied'}-{self.method}.jsonl.xz"
+        left_over = f"-{self.left_over}-over" if self.left_over else ""
+        return f"{self.family}-{'tied' if self.tied else 'untied'}-{self.method}{left_over}.jsonl.xz"
 
     def logs(self) -> list[LogKey]:
         """Its logs, in the order of its lines."""
         either = (False, True)
-        cut = either if _named(self.family).cuts_loss else (True,)
-        return [LogKey(self, *kind) for kind in product(either, either, cut)]
+        family = _named(self.family)
+        cut = either if family.cuts_loss else (True,)
+        one_row = either if family.row_differs else (False,)
+        return [LogKey(self, *kind) for kind in product(either, either, cut, one_row)]
 
 
 class LogKey(NamedTuple):
     """What makes a step another sequence of operators.
 
     ``accumulates``: gradients are there before the step. ``one_chunk``: the loss is not cut.
+    ``one_row``: of the micro-batch, where that is another sequence than several.
     """
 
     file: LogFile
     checkpointed: bool
     accumulates: bool
     one_chunk: bool
+    one_row: bool = False
 
 
 def all_files() -> Iterator[LogFile]:
     """Every file of logs that is stored."""
     for family in FAMILIES:
-        for tied, method in product(family.ties, METHODS):
-            yield LogFile(family.name, tied, method)
+        for found in product(family.ties, METHODS, family.left_over):
+            yield LogFile(family.name, *found)
 
 
 def covers(scenario: Scenario) -> bool:
@@ -81,8 +87,9 @@ def covers(scenario: Scenario) -> bool:
 def quick_log(scenario: Scenario) -> EventLog:
     """The step's log at full depth, of a scenario that is covered."""
     folded = _at(scenario)
+    period = _family(scenario).period
     for axis, count in reversed(_counts(scenario).items()):  # the layers last: they are many, and walked once then
-        folded = unfold(folded, count, axis)
+        folded = unfold(folded, count, axis, period if axis is Axis.LAYER else 1)
     return folded
 
 
@@ -93,18 +100,23 @@ def quick_peak_bytes(scenario: Scenario) -> int:
 
 def quick_counts(scenario: Scenario) -> tuple[int, int]:
     """Parameters of the model and trained parameters, of a scenario that is covered."""
-    layers = shape_of(scenario.config, _family(scenario)).layers
-    return _log_of(key_of(scenario)).counts(_dimensions(scenario), layers)
+    return _log_of(key_of(scenario)).counts(_dimensions(scenario), _counts(scenario)[Axis.LAYER])
 
 
 def key_of(scenario: Scenario) -> LogKey:
     """Which log a scenario's step is, where it is covered."""
     family = _family(scenario)
     return LogKey(
-        LogFile(family.name, is_tied(scenario.config, family), scenario.method),
+        LogFile(
+            family.name,
+            is_tied(scenario.config, family),
+            scenario.method,
+            shape_of(scenario.config, family).layers % family.period,
+        ),
         checkpointed=scenario.activation_checkpointing,
         accumulates=scenario.micro_batches > 1,
         one_chunk=_chunks(scenario) == 1 or not family.cuts_loss,
+        one_row=family.row_differs and scenario.micro_batch_size == 1,
     )
 
 
@@ -156,6 +168,7 @@ def _dimensions(scenario: Scenario) -> Dimensions:
         chunk=_CHUNK_TOKENS,
         last_chunk=scenario.tokens - (chunks - 1) * _CHUNK_TOKENS,
         fused_heads=queries_per_key + 2,
+        positions=shape.positions,
     )
 
 
@@ -184,8 +197,8 @@ def _named(name: str) -> Family:
 def _counts(scenario: Scenario) -> dict[Axis, int]:
     """How many units of each axis that repeats."""
     family, chunks = _family(scenario), _chunks(scenario)
-    layers = shape_of(scenario.config, family).layers
-    return {Axis.LAYER: layers} | ({Axis.CHUNK: chunks} if chunks > 1 and family.cuts_loss else {})
+    units = shape_of(scenario.config, family).layers // family.period
+    return {Axis.LAYER: units} | ({Axis.CHUNK: chunks} if chunks > 1 and family.cuts_loss else {})
 
 
 def _chunks(scenario: Scenario) -> int:

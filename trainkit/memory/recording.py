@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainkit.memory.device_look import cuda_scratch
 from trainkit.memory.event_log import TRACED, Kind
 from trainkit.memory.fake_model import FakeModel, fake_model
-from trainkit.memory.families import FAMILIES, Shape, recorded_config
+from trainkit.memory.families import FAMILIES, Family, Shape, recorded_config
 from trainkit.memory.four_bit import FourBitLinear
 from trainkit.memory.scenario import Scenario
 from trainkit.memory.symbolic_log import Dimensions, ParameterCount, SymbolicLog
@@ -27,7 +27,7 @@ _TAGS = Dimensions(
     rows=37,
     tokens=41,
     key_value_heads=43,
-    queries_per_key=47,
+    queries_per_key=107,
     hidden=53,
     intermediate=59,
     head_width=31,
@@ -35,25 +35,30 @@ _TAGS = Dimensions(
     rank=71,
     chunk=61,
     last_chunk=127,
-    fused_heads=7,
+    fused_heads=109,
+    positions=1009,
 )
 # Factors of two let heads be as wide as kernels want, and packed weights fill whole blocks.
 _ROWS, _TOKENS, _CHUNK = 37, 41 * 128, 61 * 1000
-_RECORDED = Dimensions(
+_SEVERAL_ROWS = Dimensions(
     rows=_ROWS,
     tokens=_TOKENS,
     key_value_heads=43 * 16,
-    queries_per_key=47,
-    hidden=53 * 2048 * 43 * 47,  # a multiple of the heads, which config classes ask for; so it is looked for first
+    queries_per_key=107,
+    hidden=53 * 2048 * 43 * 107,  # a multiple of the heads, which config classes ask for; so it is looked for first
     intermediate=59 * 2048,
     head_width=31 * 8,
     vocabulary=67 * 2048,
     rank=71,
     chunk=_CHUNK,
     last_chunk=_ROWS * _TOKENS - 3 * _CHUNK,
-    fused_heads=47 + 2,  # 7 x 7
+    fused_heads=107 + 2,
+    positions=1009 * 256,  # more than the tokens of a row
 )
+_ONE_ROW = _SEVERAL_ROWS._replace(rows=1, tokens=_ROWS * _TOKENS)
+_ONE_KEY_HEAD = {"key_value_heads": 1, "queries_per_key": 107 * 16}
 _SMALL_BYTES = 2**16  # what is no product of dimensions and smaller than this counts as a constant
+_HALF = 2  # of a head's width, as rotations have it
 _SCRATCH_MARK = 2**60
 
 
@@ -70,28 +75,41 @@ def record(key: LogKey) -> SymbolicLog:
         return _SCRATCH_MARK + calls.index(call)
 
     scenario = scenario_to_record(key)
-    model = fake_model(scenario, full_depth=True)
-    numbers = _numbers(model)
+    model = fake_model(scenario, full_depth=True, period=_family_of(key).period)
+    numbers = _numbers(model, key.file.left_over)
     chunk_tokens = scenario.tokens if key.one_chunk else _CHUNK
-    return _decoded(step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls, numbers)
+    return _decoded(
+        step_log(scenario, model, chunk_tokens=chunk_tokens, scratch_bytes=marked), calls, numbers, dimensions_of(key)
+    )
+
+
+def dimensions_of(key: LogKey) -> Dimensions:
+    """The dimensions that are recorded, each of which has a prime factor of its own unless it is 1."""
+    dimensions = _ONE_ROW if key.one_row else _SEVERAL_ROWS
+    return dimensions._replace(**_ONE_KEY_HEAD) if _family_of(key).one_key_head else dimensions
+
+
+def _family_of(key: LogKey) -> Family:
+    return next(family for family in FAMILIES if family.name == key.file.family)
 
 
 def scenario_to_record(key: LogKey) -> Scenario:
-    """A step of four layers and, unless it is in one, four chunks, of which the last is the shortest."""
-    dimensions = _RECORDED
-    family = next(family for family in FAMILIES if family.name == key.file.family)
+    """A step of four units of layers and, unless it is in one, four chunks, of which the last is the shortest."""
+    dimensions = dimensions_of(key)
+    family = _family_of(key)
     heads = dimensions.key_value_heads * dimensions.queries_per_key
     shape = Shape(
-        layers=TRACED,
+        layers=TRACED * family.period + key.file.left_over,
         hidden=dimensions.hidden if family.free_width else heads * dimensions.head_width,
         intermediate=dimensions.intermediate,
         heads=heads,
         key_value_heads=dimensions.key_value_heads,
         head_width=dimensions.head_width,
         vocabulary=dimensions.vocabulary,
+        positions=dimensions.positions,
     )
     return Scenario(
-        config=recorded_config(family, shape, tied=key.file.tied, positions=dimensions.tokens),
+        config=recorded_config(family, shape, tied=key.file.tied),
         sequence_length=dimensions.tokens,
         micro_batch_size=dimensions.rows,
         micro_batches=2 if key.accumulates else 1,
@@ -100,14 +118,14 @@ def scenario_to_record(key: LogKey) -> Scenario:
     )
 
 
-def _numbers(model: FakeModel) -> Counter[tuple[int, bool, bool, bool]]:
-    """How many parameters there are of each (numbers, within layers, trains, added by the adapter)."""
+def _numbers(model: FakeModel, left_over: int) -> Counter[tuple[int, bool, bool, bool]]:
+    """How many parameters there are of each (numbers, within whole units of layers, trains, added by the adapter)."""
     packed = {
         id(module.weight): module.in_features * module.out_features
         for module in model.model.modules()
         if isinstance(module, FourBitLinear)
     }
-    in_layers = {id(parameter) for parameter in model.layers.parameters()}
+    in_layers = {id(parameter) for layer in model.layers[left_over:] for parameter in layer.parameters()}
     return Counter(
         (
             packed.get(id(parameter), parameter.numel()),
@@ -120,12 +138,15 @@ def _numbers(model: FakeModel) -> Counter[tuple[int, bool, bool, bool]]:
 
 
 def _decoded(
-    log: EventLog, calls: list[tuple[str, tuple[int, ...]]], numbers: Counter[tuple[int, bool, bool, bool]]
+    log: EventLog,
+    calls: list[tuple[str, tuple[int, ...]]],
+    numbers: Counter[tuple[int, bool, bool, bool]],
+    dimensions: Dimensions,
 ) -> SymbolicLog:
     sizes: dict[tuple[int, ...], int] = {}
 
     def index(number: int) -> int:
-        return sizes.setdefault(_factors(number), len(sizes))
+        return sizes.setdefault(_factors(number, dimensions), len(sizes))
 
     allocations = [allocation._replace(size=index(log.sizes[allocation.size])) for allocation in log.allocations]
     events = [
@@ -140,14 +161,17 @@ def _decoded(
     return SymbolicLog(list(sizes), scratch, allocations, events, log.moments, parameters)
 
 
-def _factors(number: int) -> tuple[int, ...]:
+def _factors(number: int, dimensions: Dimensions) -> tuple[int, ...]:
     """Numerator, denominator and the exponent of each dimension."""
     rest, exponents = Fraction(number), dict.fromkeys(Dimensions._fields, 0)
-    for name in ("hidden", *Dimensions._fields):
-        while number and rest.numerator % getattr(_TAGS, name) == 0:
-            rest /= getattr(_RECORDED, name)
+    for name in ("hidden", "tokens", *Dimensions._fields):
+        recorded = getattr(dimensions, name)
+        while number and recorded > 1 and rest.numerator % getattr(_TAGS, name) == 0:
+            rest /= recorded
             exponents[name] += 1
-    if _is_plain(rest):
+    # A small number that has the prime of a dimension by accident is told by how little of that dimension it is.
+    accident = number < _SMALL_BYTES and rest.denominator > _HALF
+    if _is_plain(rest) and not accident:
         return rest.numerator, rest.denominator, *exponents.values()
     if number < _SMALL_BYTES:
         return number, 1, *(0 for _ in exponents)
@@ -155,9 +179,9 @@ def _factors(number: int) -> tuple[int, ...]:
 
 
 def _is_plain(rest: Fraction) -> bool:
-    """Whether what is left is made of the factors of byte counts and of gates: 2, 3 and 5."""
-    left = rest.numerator * rest.denominator
+    """Whether what is left is made of the factors of byte counts and of gates: 2, 3 and 5; below the line, of 2."""
+    left = rest.numerator
     for prime in (2, 3, 5):
         while left and left % prime == 0:
             left //= prime
-    return left in {0, 1}
+    return left in {0, 1} and rest.denominator.bit_count() == 1

@@ -15,7 +15,7 @@ from trainkit.memory import kernel_scratch
 from trainkit.memory.event_log import Allocation, Event, EventLog, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 class Dimensions(NamedTuple):
@@ -33,6 +33,7 @@ class Dimensions(NamedTuple):
     chunk: int
     last_chunk: int
     fused_heads: int  # of a layer that makes queries, keys and values at once: queries per key, and two
+    positions: int  # of a table of them
 
 
 class ParameterCount(NamedTuple):
@@ -84,7 +85,7 @@ class SymbolicLog:
             "scratch": self.scratch,
             "parts": parts,
             "allocations": [[size, parts.index(part), label] for size, part, label in self.allocations],
-            "events": [list(event) for event in self.events],
+            "events": list(_relative(self.events)),
             "moments": self.moments,
             "parameters": self.parameters,
         }
@@ -95,15 +96,41 @@ class SymbolicLog:
         """What :meth:`to_line` wrote."""
         content: dict[str, Any] = json.loads(line)
         parts = content["parts"]
-        kinds = list(Kind)
         return cls(
             sizes=content["sizes"],
             scratch=[(name, used) for name, used in content["scratch"]],
             allocations=[Allocation(size, parts[part], label) for size, part, label in content["allocations"]],
-            events=[Event(kinds[kind], subject, label) for kind, subject, label in content["events"]],
+            events=list(_absolute(content["events"])),
             moments=[(phase, place) for phase, place in content["moments"]],
             parameters=[ParameterCount(*found) for found in content["parameters"]],
         )
+
+
+def _relative(events: Sequence[Event]) -> Iterator[list[int | None]]:
+    """Events as they are stored: what dies is counted back from the youngest allocation, and a birth is of the next.
+
+    Layers that do the same then read the same, and a log takes a third of the room.
+    """
+    born = 0
+    for kind, subject, label in events:
+        if kind == Kind.BIRTH:
+            assert subject == born, "allocations are numbered in the order of their births"
+            born += 1
+        stored = {Kind.BIRTH: 0, Kind.DEATH: born - subject}.get(kind, subject)
+        yield [kind, stored, label]
+
+
+def _absolute(stored: Sequence[tuple[int, int, int | None]]) -> Iterator[Event]:
+    """The events that :func:`_relative` has written."""
+    birth, death, kinds = Kind.BIRTH, Kind.DEATH, list(Kind)
+    born = 0
+    for number, subject, label in stored:
+        kind = kinds[number]
+        if kind is birth:
+            yield Event(birth, born, label)
+            born += 1
+        else:
+            yield Event(kind, born - subject if kind is death else subject, label)
 
 
 def _product(size: Sequence[int], dimensions: Dimensions) -> int:

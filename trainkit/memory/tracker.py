@@ -217,13 +217,19 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Iterator[tuple[Kind, int, int | None]]:
         """Deaths that follow each other: first those of the place, then the others by owner.
 
-        A layer's pieces, and those of the layer before or after it, die as its own doing. What many layers lose at
-        once, or a layer within a chunk of the loss, each loses itself.
+        A layer's pieces, and those of the layer before or after it, die as its own doing, also where one of a chunk of
+        the loss dies with them. What many layers lose at once, or a layer within a chunk, each loses itself.
         """
         owners = {number: self._pieces[number].label for _, number, _ in deaths}
-        near = here is not None and all(_are_near(owner, here) for owner in owners.values() if owner is not None)
+        mates = {
+            owner for owner in owners.values() if owner is not None and here is not None and _are_alike(owner, here)
+        }
+        near = here is not None and all(abs(owner - here) <= 1 for owner in mates)
+        alone = near and all(owner is None or owner in mates for owner in owners.values())
         own = [
-            (kind, number, here) for kind, number, _ in deaths if here is not None and (near or owners[number] == here)
+            (kind, number, here)
+            for kind, number, _ in deaths
+            if here is not None and (alone or owners[number] == here or (near and owners[number] in mates))
         ]
         taken = {number for _, number, _ in own}
         others = [(kind, number, owners[number]) for kind, number, _ in deaths if number not in taken]
@@ -231,8 +237,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         yield from sorted(others, key=lambda event: (event[2] is None, event[2] or 0, event[1]))
 
 
-def _are_near(one: int, other: int) -> bool:
-    return (one < 0) == (other < 0) and abs(one - other) <= 1
+def _are_alike(one: int, other: int) -> bool:
+    """Whether two labels are of one axis."""
+    return (one < 0) == (other < 0)
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
