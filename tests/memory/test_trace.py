@@ -20,9 +20,10 @@ from trainkit.memory.device_look import cuda_scratch
 from trainkit.memory.estimate import PARTS, estimate
 from trainkit.memory.event_log import Axis, EventLog, Kind, unfold
 from trainkit.memory.fake_model import fake_model, parse_config, period_of
+from trainkit.memory.models import known_models
 from trainkit.memory.replay import highest_moments, peak_of_folded
 from trainkit.memory.scenario import Device, Scenario
-from trainkit.memory.trace import make_batch_of, step_log
+from trainkit.memory.trace import REACH, make_batch_of, step_log
 from trainkit.model.adapters import attach_adapter
 from trainkit.model.attention import choose_attention
 from trainkit.model.loading import enable_activation_checkpointing
@@ -352,6 +353,51 @@ def test_fsdp2_shares_out_what_it_holds_between_steps(adapter: Adapter | None) -
     assert (shared.parameters, shared.trainable_parameters) == (alone.parameters, alone.trainable_parameters)
     assert shared.peak_allocated_bytes < alone.peak_allocated_bytes
     assert not torch.distributed.is_initialized()
+
+
+SHARDED = {
+    "full-checkpointed": {"activation_checkpointing": True},
+    "full": {"micro_batches": 2},
+    "lora": {"adapter": LORA, "activation_checkpointing": True},
+    "lora-accumulated": {"adapter": LORA, "micro_batches": 2},
+    "qlora": {"adapter": Adapter(type="qlora", r=4), "activation_checkpointing": True},
+}
+SHARDED_MODELS = ("llama-3.1-8b", "qwen2.5-0.5b", "gemma-2-9b", "gemma-3-4b", "pythia-410m", "phi-2", "gpt2-xl")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=() if (name, way) == ("llama-3.1-8b", "lora") else pytest.mark.long)
+        for name in SHARDED_MODELS
+        for way in SHARDED
+    ],
+)
+def test_a_sharded_step_of_few_layers_unfolds_to_the_trace_of_all(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dict(known_models()[name].config)
+    scenario = Scenario(config=config, sequence_length=1024, gpus=16, shard="fsdp2")
+    period = period_of(config) or 0
+    unit = period * -(-REACH // period)
+    layers = 5 * unit + 1
+    key = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    scenario = replace(scenario, config={**config, key: layers}, **SHARDED[way])  # type: ignore[arg-type]
+    unfolded_from = []
+
+    def counted(log: EventLog, *arguments: Any, **options: Any) -> EventLog:
+        unfolded_from.append(options["period"])
+        return unfold(log, *arguments, **options)
+
+    monkeypatch.setattr("trainkit.memory.trace.unfold", counted)
+    few = estimate(scenario)
+    assert unfolded_from == [unit]
+    monkeypatch.setattr("trainkit.memory.trace.period_of", lambda _config: None)
+    whole = estimate(scenario)
+    assert unfolded_from == [unit]
+    assert replace(few, seconds=0, timeline=()) == replace(whole, seconds=0, timeline=())
+    totals = [[point.total_bytes for point in found.timeline] for found in (few, whole)]
+    assert totals[0] == totals[1]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,12 @@ class _Unfolding:
             for allocation in log.allocations
         ]
         self.events: list[Event] = []
+        # An allocation → the unit it is born in; not always the unit it belongs to, since FSDP2 gathers ahead.
+        self.born_in = {
+            event.subject: unit
+            for event in log.events
+            if event.kind == Kind.BIRTH and (unit := axis.index(event.label)) is not None
+        }
         self.twins: dict[int, int] = {}  # an allocation of a middle unit → its like in unit 1
         self.copies: dict[tuple[int, int], int] = {}  # (allocation of unit 1, unit) → allocation
 
@@ -212,7 +218,7 @@ class _Unfolding:
     def _neighbourly(self, kept: Event, traced: Event) -> Event:
         """An event of the first stretch, where it now stands: what dies in it may belong to another neighbour."""
         here, now = self.axis.index(traced.label), self.axis.index(kept.label)
-        owner = self.axis.index(self.log.allocations[traced.subject].label) if traced.kind == Kind.DEATH else None
+        owner = self.born_in.get(traced.subject) if traced.kind == Kind.DEATH else None
         if owner is None or here is None or now is None or traced.subject not in self.twins:
             return kept
         subject = self.copies.get((self.twins[traced.subject], now + owner - here), kept.subject)
@@ -247,7 +253,7 @@ class _Unfolding:
         owners = []
         if second.kind == Kind.DEATH:
             for event in (second, first):
-                owner = self.axis.index(self.log.allocations[event.subject].label)
+                owner = self.born_in.get(event.subject)
                 here = self.axis.index(event.label)
                 if owner in _MIDDLE and event.subject in self.twins and here is not None:
                     owners.append((self.twins[event.subject], owner - here))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from trainkit.memory.scenario import Scenario
 
+REACH = 2  # layers of a unit under FSDP2, at least: a layer gathers the next one's weights and reduces its gradients
 LEARNING_RATE = 1e-4  # some number; it takes no memory
 MAX_GRAD_NORM = 1.0
 _BF16_ALONE = "Expected inputs of BF16 type"  # what torch's grouped matrix product says of others
@@ -82,8 +83,9 @@ def trace(scenario: Scenario) -> Trace:
     """
     sharded = scenario.shard == "fsdp2" and scenario.gpus > 1
     with pretended_processes(scenario.gpus) if sharded else nullcontext():
-        # Under FSDP2 a layer gathers the weights of the one after the next, so that few layers do not stand for all.
-        period = None if sharded else period_of(scenario.config)
+        period = period_of(scenario.config)
+        if sharded and period is not None:
+            period *= -(-REACH // period)
         if period is not None:
             model = fake_model(scenario, full_depth=False, period=period)
             try:
