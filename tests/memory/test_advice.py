@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainkit.errors import MachineError, ModelError, TrainkitError, UsageError
 from trainkit.memory.advice import (
     METHODS,
+    Advice,
+    Cheapest,
+    NotEstimated,
     Question,
     changes,
     cheapest_method,
@@ -160,7 +164,7 @@ def test_auto_takes_a_divisor_of_the_rows_of_a_step() -> None:
 def test_every_advice_fits_and_its_lines_say_what_it_changes(gib: float) -> None:
     asked = scenario()
     assert not fits(asked, gib)
-    found = changes(asked, capacity(gib), ASK)
+    found = changes(asked, capacity(gib), ASK).changes
     assert found
     for change in found:
         assert fits(change.scenario, gib)
@@ -173,7 +177,9 @@ def test_every_advice_fits_and_its_lines_say_what_it_changes(gib: float) -> None
 
 
 def test_the_lines_can_be_pasted_into_a_recipe(tmp_path: Path) -> None:
-    qlora = next(change for change in changes(scenario(), capacity(10), ASK) if change.scenario.method == "qlora")
+    qlora = next(
+        change for change in changes(scenario(), capacity(10), ASK).changes if change.scenario.method == "qlora"
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text("\n".join(["data: {train: a.jsonl}", "output_dir: runs/a", *qlora.lines]))
     recipe = read_recipe(str(path), ["training.steps=1", "model.name=tiny"]).recipe
@@ -194,14 +200,14 @@ def kind(changed: Scenario) -> str:
 
 @pytest.mark.parametrize("gib", [10, 16, 20, 24])
 def test_advice_goes_from_what_costs_little_to_what_costs_much(gib: float) -> None:
-    kinds = [kind(change.scenario) for change in changes(scenario(), capacity(gib), ASK)]
+    kinds = [kind(change.scenario) for change in changes(scenario(), capacity(gib), ASK).changes]
     order = ["rows", "time", "moments", "lora", "qlora", "GPUs"]
     assert sorted(kinds, key=order.index) == kinds
     assert kinds[-1] == "GPUs"
 
 
 def test_adapters_on_several_gpus_stand_beside_all_weights_where_one_gpu_is_never_enough() -> None:
-    found = changes(scenario(micro_batch_size=1), capacity(1.1), ASK)
+    found = changes(scenario(micro_batch_size=1), capacity(1.1), ASK).changes
     assert [(change.scenario.method, change.scenario.shard) for change in found] == [
         ("full", "fsdp2"),
         ("lora", "fsdp2"),
@@ -216,7 +222,7 @@ def test_several_gpus_are_asked_about_twice_at_most() -> None:
         asked.append(question)
         return closed_form(question)
 
-    [*_, sharded] = changes(scenario(), capacity(4), Question(counting))
+    *_, sharded = changes(scenario(), capacity(4), Question(counting)).changes
     several = [question.gpus for question in asked if question.gpus > 1]
     assert len(several) <= 2
     fewer = replace(sharded.scenario, gpus=sharded.scenario.gpus // 2)
@@ -224,7 +230,7 @@ def test_several_gpus_are_asked_about_twice_at_most() -> None:
 
 
 def test_nothing_is_advised_where_nothing_helps() -> None:
-    assert changes(scenario(), capacity(0.6), ASK) == []
+    assert changes(scenario(), capacity(0.6), ASK) == Advice(())
 
 
 def test_the_cheapest_method_is_the_first_that_fits() -> None:
@@ -232,12 +238,77 @@ def test_the_cheapest_method_is_the_first_that_fits() -> None:
     for gib in (24, 18, 10, 6, 4, 2):
         best = cheapest_method(one_row, PARAMETERS, capacity(gib), ASK)
         expected = next((method for method in METHODS if fits(method.of(one_row), gib)), None)
-        assert (best[0] if best else None) == expected
-    assert cheapest_method(one_row, PARAMETERS, capacity(0.5), ASK) is None
+        assert best == Cheapest(expected, None if expected is None else closed_form(expected.of(one_row)))
+    assert cheapest_method(one_row, PARAMETERS, capacity(0.5), ASK) == Cheapest(None, None)
 
 
 def test_what_cannot_fit_for_its_weights_alone_is_not_estimated() -> None:
     def never(_asked: Scenario) -> Estimate:
         raise AssertionError
 
-    assert cheapest_method(scenario(), 10**12, capacity(80), Question(never)) is None
+    assert cheapest_method(scenario(), 10**12, capacity(80), Question(never)) == Cheapest(None, None)
+
+
+def test_changes_that_cannot_fit_for_their_weights_alone_are_not_estimated() -> None:
+    asked: list[Scenario] = []
+
+    def counting(question: Scenario) -> Estimate:
+        asked.append(question)
+        return closed_form(question)
+
+    ask = Question(counting)
+    ask(scenario())
+    assert changes(scenario(), capacity(9), ask).changes
+    assert "adamw_8bit" not in {question.optimizer for question in asked}  # 10 bytes of it a parameter
+    assert changes(scenario(), capacity(24), ask).changes
+    assert "adamw_8bit" in {question.optimizer for question in asked}
+
+
+def test_what_has_to_be_held_without_checkpointing_is_not_asked_about_with_it() -> None:
+    """Packing leaves these weights as they are, which no count of parameters tells."""
+    asked: list[Scenario] = []
+
+    def heavy(question: Scenario) -> Estimate:
+        asked.append(question)
+        parts = dict.fromkeys(PARTS, 0) | {"weights": 40 * 2**30, "activations": 2**30}
+        return replace(
+            closed_form(question), parts=parts, peak_allocated_bytes=41 * 2**30, peak_reserved_bytes=41 * 2**30
+        )
+
+    assert cheapest_method(scenario(), 20 * PARAMETERS, capacity(24), Question(heavy)).method is None
+    assert [(question.method, question.activation_checkpointing) for question in asked] == [("qlora", False)]
+
+
+@pytest.mark.parametrize("error", [ModelError, UsageError, MachineError])
+def test_what_cannot_be_estimated_stops_no_other_change(error: type[TrainkitError]) -> None:
+    def without_lora(question: Scenario) -> Estimate:
+        if question.method == "lora":
+            raise error("its experts are no linear layers")
+        return closed_form(question)
+
+    refusing = Question(without_lora)
+    whole, rest = changes(scenario(), capacity(20), ASK), changes(scenario(), capacity(20), refusing)
+    assert any(change.scenario.method == "lora" for change in whole.changes)
+    assert rest.changes == tuple(change for change in whole.changes if change.scenario.method != "lora")
+    assert rest.not_estimated == (NotEstimated("LoRA", "its experts are no linear layers"),)
+
+
+def test_what_cannot_be_estimated_is_listed_before_the_cheapest_method() -> None:
+    def without_full(question: Scenario) -> Estimate:
+        if question.adapter is None:
+            raise ModelError("its kernel takes bf16 alone")
+        return closed_form(question)
+
+    best = cheapest_method(scenario(micro_batch_size=1), PARAMETERS, capacity(80), Question(without_full))
+    assert best.method is not None
+    assert best.method.name == "LoRA"
+    reason = "its kernel takes bf16 alone"
+    assert best.not_estimated == (NotEstimated("full", reason),)
+
+
+def test_the_scenario_that_is_asked_about_is_refused_as_it_is() -> None:
+    def refused(_question: Scenario) -> Estimate:
+        raise ModelError("no such model")
+
+    with pytest.raises(ModelError, match="no such model"):
+        largest_micro_batch(scenario(), capacity(80), Question(refused))

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainkit.console import Console
-from trainkit.errors import MachineError, ModelError, UsageError
+from trainkit.errors import MachineError
 from trainkit.memory.advice import (
+    NOT_ESTIMABLE,
+    Advice,
     Change,
-    Method,
+    Cheapest,
     Question,
     changes,
     cheapest_method,
@@ -17,7 +19,7 @@ from trainkit.memory.advice import (
     longest_row,
     rows_for_auto,
 )
-from trainkit.memory.estimate import PARTS, Estimate, estimate, quick_peak_bytes
+from trainkit.memory.estimate import PARTS, Estimate, estimate, is_quick, quick_peak_bytes
 from trainkit.memory.models import known_models
 from trainkit.memory.sizes import GIB, MIB, gib
 from trainkit.memory.subject import Request, Subject, check_request, device_and_capacity, subject_of
@@ -60,16 +62,15 @@ def estimate_memory(request: Request, *, json_output: bool) -> None:
 
 
 def _asking(request: Request, console: Console) -> Question:
-    """The estimator, which says how many estimates were made when that takes long."""
+    """The estimator, which says how many estimates were made while it works on one that takes long."""
     made = 0
 
     def ask(scenario: Scenario) -> Estimate:
         nonlocal made
-        found = estimate(scenario, exact=request.exact)
-        made += 1
-        if found.engine == "trace":
+        if request.exact or not is_quick(scenario):
             console.progress("estimates", made)
-        return found
+        made += 1
+        return estimate(scenario, exact=request.exact)
 
     return Question(ask, quick_peak_bytes)
 
@@ -168,12 +169,14 @@ def _show_verdict(
     limit = ", all its positions" if tokens == subject.facts.positions else ""
     console.show(f"largest micro-batch that fits: {f'{rows:,} of these rows' if rows else 'not even one row'}")
     console.show(f"longest rows that fit: {f'{tokens:,} tokens{limit}' if tokens else 'none'}")
-    advice = changes(scenario, capacity, ask) if word != "fits" else []
+    advice = changes(scenario, capacity, ask) if word != "fits" else Advice(())
     if word != "fits":
         console.show()
-        console.show("What makes it fit, the cheapest first:" if advice else "No single change makes it fit.")
-    for number, change in enumerate(advice, start=1):
+        console.show("What makes it fit, the cheapest first:" if advice.changes else "No single change makes it fit.")
+    for number, change in enumerate(advice.changes, start=1):
         _show_change(number, change, console)
+    for unknown in advice.not_estimated:
+        console.show(f"not estimated: {unknown.what}: {unknown.reason}")
     return {
         "fits": word == "fits",
         "verdict": word,
@@ -181,7 +184,8 @@ def _show_verdict(
         "capacity_to_fill_bytes": capacity.to_fill_bytes,
         "max_micro_batch_size": rows,
         "max_sequence_length": tokens,
-        "advice": [_change_as_json(change) for change in advice],
+        "advice": [_change_as_json(change) for change in advice.changes],
+        "not_estimated": [{"change": unknown.what, "why": unknown.reason} for unknown in advice.not_estimated],
     }
 
 
@@ -283,7 +287,7 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
         try:
             subject = subject_of(replace(request, fits=None, model=model.name))
             best = cheapest_method(subject.scenario(), model.parameters, capacity, Question(ask, quick_peak_bytes))
-        except (ModelError, UsageError) as error:
+        except NOT_ESTIMABLE as error:
             listed.append(facts | {"method": None, "why": str(error)})
         else:
             listed.append(facts | _method_as_json(best, subject))
@@ -310,16 +314,22 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
         console.prose(f"{len(others)} fit by no method: {', '.join(others)}")
     for one in listed:
         if "why" in one:
-            console.prose(f"not estimated: {one['model']}: {one['why']}", hang=2)
+            instead = "" if one["method"] is None else f"{one['method']} fits; before it "
+            console.prose(f"not estimated: {one['model']}: {instead}{one['why']}", hang=2)
     console.result({"capacity_bytes": capacity.size_bytes, "models": listed})
     if not fitting:
         raise MachineError(f"--fits: no known model fits in {gib(capacity.size_bytes)}")
 
 
-def _method_as_json(best: tuple[Method, Estimate] | None, subject: Subject) -> dict[str, Any]:
-    if best is None:
-        return {"method": None}
-    method, found = best
+def _method_as_json(best: Cheapest, subject: Subject) -> dict[str, Any]:
+    reasons: dict[str, list[str]] = {}
+    for unknown in best.not_estimated:
+        reasons.setdefault(unknown.reason, []).append(unknown.what)
+    why = "; ".join(f"{', '.join(whats)}: {reason}" for reason, whats in reasons.items())
+    refused = {"why": why} if why else {}
+    if best.method is None or best.estimate is None:
+        return {"method": None} | refused
+    method, found = best.method, best.estimate
     return {
         "method": method.name,
         "trainable_parameters": found.trainable_parameters,
@@ -327,4 +337,4 @@ def _method_as_json(best: tuple[Method, Estimate] | None, subject: Subject) -> d
         "peak_reserved_bytes": found.peak_reserved_bytes,
         "process_bytes": process_bytes(found, subject.device),
         "engine": ENGINE_NAMES[found.engine],
-    }
+    } | refused

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from trainkit.errors import MachineError, ModelError, UsageError
 from trainkit.memory.scenario import BYTES_OF, Scenario
 from trainkit.memory.verdict import context_bytes, process_bytes
 from trainkit.recipe.schema import Adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from trainkit.memory.estimate import Estimate
     from trainkit.memory.verdict import Capacity
@@ -23,7 +24,10 @@ LENGTH_STEP = 64  # tokens; row lengths are searched in multiples of it
 GPU_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
+NOT_ESTIMABLE = (ModelError, UsageError, MachineError)  # what an estimate is refused with
+
 SHARED_PARTS = ("weights", "adapters", "gradients", "optimizer state")  # by FSDP2
+STANDING_PARTS = ("weights", "adapters", "optimizer state")  # there all through a step, checkpointed or not
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "sgd": 0}  # of the optimizer, at least, a parameter
 
 
@@ -35,6 +39,22 @@ class Change:
     lines: tuple[str, ...]
     scenario: Scenario
     estimate: Estimate
+
+
+@dataclass(frozen=True)
+class NotEstimated:
+    """A way to make it fit of which nothing can be said: what it is, and why."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The cheapest changes of each kind that help, the cheapest kind first, and the kinds that cannot be estimated."""
+
+    changes: tuple[Change, ...]
+    not_estimated: tuple[NotEstimated, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,18 @@ METHODS = tuple(
     for checkpointing in (False, True)
 )
 """In the order in which they give something up: time first, then weights that train, then exact base weights."""
+
+
+@dataclass(frozen=True)
+class Cheapest:
+    """The first of :data:`METHODS` with which a step fits, and its estimate; None where none does.
+
+    ``not_estimated`` are the methods before it that may have fitted too.
+    """
+
+    method: Method | None
+    estimate: Estimate | None
+    not_estimated: tuple[NotEstimated, ...] = ()
 
 
 class Question:
@@ -81,6 +113,16 @@ class Question:
                 self._answers[key] = self._estimate(scenario)
         return self._answers[key]
 
+    def answered(self, scenario: Scenario) -> Estimate | None:
+        """The estimate where it has been made."""
+        return self._answers.get(repr(scenario))
+
+    def floor_bytes(self, scenario: Scenario) -> float:
+        """What the parameters alone take, once an estimate of any scenario has counted them; 0 before."""
+        shared = scenario.gpus if scenario.shard == "fsdp2" else 1
+        counted = next(iter(self._answers.values()), None)
+        return 0 if counted is None else _least_bytes(scenario, counted.parameters) / shared
+
     def least_bytes(self, scenario: Scenario) -> int | None:
         """What the process surely takes: peak allocated and context; None where that is not known in no time."""
         allocated = self._allocated(scenario)
@@ -100,8 +142,8 @@ def _libraries_silent() -> Iterator[None]:
 
 def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
     """Whether the verdict on a scenario is "fits"."""
-    least = ask.least_bytes(scenario)
-    if least is not None and least > capacity.to_fill_bytes:
+    least = max(ask.least_bytes(scenario) or 0, ask.floor_bytes(scenario))
+    if least > capacity.to_fill_bytes:
         return False
     return process_bytes(ask(scenario), scenario.device) <= capacity.to_fill_bytes
 
@@ -140,56 +182,95 @@ def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_ro
     return divisors[index - 1] if index else 0
 
 
-def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
-    """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does."""
-    found = changes_of_recipe(scenario, capacity, ask)
-    sharded = []
-    if scenario.gpus == 1 and scenario.method != "qlora":
-        sharded.append(_sharded(scenario, scenario, capacity, ask))
-        if not found and scenario.adapter is None:
-            sharded.append(_sharded(replace(scenario, adapter=Adapter(type="lora")), scenario, capacity, ask))
-    return [*found, *(change for change in sharded if change is not None)]
+def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> Advice:
+    """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does.
 
-
-def changes_of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> list[Change]:
-    """Those of :func:`changes` that need no further GPU."""
-    return [change for change in _of_recipe(scenario, capacity, ask) if change is not None]
-
-
-def cheapest_method(
-    scenario: Scenario, parameters: int, capacity: Capacity, ask: Question
-) -> tuple[Method, Estimate] | None:
-    """The first of :data:`METHODS` with which the scenario fits; None where none does.
-
-    What cannot fit for its ``parameters`` alone is not estimated.
+    The scenario itself has been estimated; what a change would make of it may be refused.
     """
+    kinds = _kinds(scenario, capacity, ask)
+    found = _tried(kinds)
+    if scenario.gpus > 1 or scenario.method == "qlora":
+        return found
+    lora = replace(scenario, adapter=Adapter(type="lora"))
+    more = [_Kind("several GPUs", lambda: _sharded(scenario, scenario, capacity, ask))]
+    if not found.changes and scenario.adapter is None:
+        more.append(_Kind("LoRA on several GPUs", lambda: _sharded(lora, scenario, capacity, ask)))
+    shared = _tried(more)
+    return Advice((*found.changes, *shared.changes), (*found.not_estimated, *shared.not_estimated))
+
+
+def changes_of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> Advice:
+    """Those of :func:`changes` that need no further GPU."""
+    return _tried(_kinds(scenario, capacity, ask))
+
+
+def cheapest_method(scenario: Scenario, parameters: int, capacity: Capacity, ask: Question) -> Cheapest:
+    """The first of :data:`METHODS` with which the scenario fits.
+
+    What cannot fit for its ``parameters`` alone is not estimated, nor what cannot for what it has to hold as the same
+    method without activation checkpointing does.
+    """
+    not_estimated: list[NotEstimated] = []
+    standing: dict[str, float] = {}
     for method in METHODS:
         tried = method.of(scenario)
-        if _least_bytes(tried, parameters) <= capacity.to_fill_bytes and fitting(tried, capacity, ask):
-            return method, ask(tried)
-    return None
+        least = max(_least_bytes(tried, parameters), standing.get(tried.method, 0))
+        if least > capacity.to_fill_bytes:
+            continue
+        try:
+            if fitting(tried, capacity, ask):
+                return Cheapest(method, ask(tried), tuple(not_estimated))
+        except NOT_ESTIMABLE as error:
+            not_estimated.append(NotEstimated(method.name, str(error)))
+            standing[tried.method] = float("inf")  # with activation checkpointing it is refused as well
+        else:
+            if (known := ask.answered(tried)) is not None:
+                standing[tried.method] = sum(known.parts[part] for part in STANDING_PARTS)
+    return Cheapest(None, None, tuple(not_estimated))
 
 
-def _of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[Change | None]:
-    yield _fewer_rows(scenario, "the step takes more passes", capacity, ask)
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of change: its name where it cannot be estimated, and the search for the cheapest of it."""
+
+    what: str
+    search: Callable[[], Change | None]
+
+
+def _tried(kinds: Iterable[_Kind]) -> Advice:
+    """What comes of each kind; one that cannot be estimated does not stop the others."""
+    found, not_estimated = [], []
+    for kind in kinds:
+        try:
+            change = kind.search()
+        except NOT_ESTIMABLE as error:
+            not_estimated.append(NotEstimated(kind.what, str(error)))
+        else:
+            found += [] if change is None else [change]
+    return Advice(tuple(found), tuple(not_estimated))
+
+
+def _kinds(scenario: Scenario, capacity: Capacity, ask: Question) -> Iterator[_Kind]:
+    yield _Kind("fewer rows", lambda: _fewer_rows(scenario, "the step takes more passes", capacity, ask))
     checkpointed = replace(scenario, activation_checkpointing=True)
     if not scenario.activation_checkpointing:
-        yield _as_it_is_or_fewer_rows(checkpointed, "about a third more time", scenario, capacity, ask)
-    if scenario.adapter is None and scenario.optimizer == "adamw":
-        yield _cheapest(
-            replace(scenario, optimizer="adamw_8bit"),
-            "moments of 8 bit; needs the extra [qlora]",
-            scenario,
-            capacity,
-            ask,
+        sentence = "about a third more time"
+        yield _Kind(
+            "activation checkpointing",
+            lambda: _as_it_is_or_fewer_rows(checkpointed, sentence, scenario, capacity, ask),
         )
+    if scenario.adapter is None and scenario.optimizer == "adamw":
+        small = replace(scenario, optimizer="adamw_8bit")
+        needs = "moments of 8 bit; needs the extra [qlora]"
+        yield _Kind("moments of 8 bit", lambda: _cheapest(small, needs, scenario, capacity, ask))
     if scenario.adapter is None:
         lora = replace(scenario, adapter=Adapter(type="lora"))
-        yield _cheapest(lora, "adapters train, the model's own weights do not", scenario, capacity, ask)
+        adapters = "adapters train, the model's own weights do not"
+        yield _Kind("LoRA", lambda: _cheapest(lora, adapters, scenario, capacity, ask))
     if scenario.method != "qlora":
-        four_bit = replace(scenario.adapter or Adapter(), type="qlora")
-        qlora = replace(scenario, adapter=four_bit)
-        yield _cheapest(qlora, "adapters on a base in 4 bit; slower steps, inexact weights", scenario, capacity, ask)
+        qlora = replace(scenario, adapter=replace(scenario.adapter or Adapter(), type="qlora"))
+        base = "adapters on a base in 4 bit; slower steps, inexact weights"
+        yield _Kind("QLoRA", lambda: _cheapest(qlora, base, scenario, capacity, ask))
 
 
 def _fewer_rows(scenario: Scenario, cost: str, capacity: Capacity, ask: Question) -> Change | None:

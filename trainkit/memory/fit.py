@@ -100,7 +100,7 @@ def _refusal(scenario: Scenario, found: Estimate, capacity: Capacity, ask: Quest
 
 def _cheapest_change(scenario: Scenario, capacity: Capacity, ask: Question) -> str | None:
     """The cheapest change of the recipe that fits into ``capacity``, and what a step takes then; None without one."""
-    helping = changes_of_recipe(scenario, capacity, ask)
+    helping = changes_of_recipe(scenario, capacity, ask).changes
     if not helping:
         return None
     first = helping[0]
