@@ -105,6 +105,23 @@ def expanded(path: str) -> Path:
         return Path(path)
 
 
+def leads_out(entry: Path, folder: Path) -> bool:
+    """Whether ``entry`` of ``folder``, both as they are named, is a link to something that lies outside of the folder.
+
+    A folder that somebody else made must not bring in files of this machine. Where the hub's cache keeps the content of
+    a snapshot's files, ``blobs/`` two folders up, counts as inside.
+    """
+    if not entry.is_symlink():
+        return False
+    real = folder.resolve()
+    blobs = [real.parent.parent / "blobs"] if real.parent.name == "snapshots" else []
+    try:
+        target = entry.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return True
+    return not any(target.is_relative_to(inside) for inside in (real, *blobs))
+
+
 def permissions_for_new_file() -> int:
     """The mode that ``open`` would give a new file under the current umask."""
     mask = os.umask(0)

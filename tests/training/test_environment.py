@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -30,5 +31,12 @@ def test_the_commit_of_the_data(tmp_path: Path) -> None:
     assert len(commit) == 40
     file.write_text("{} ")
     assert git_commit(file) == f"{commit}-dirty"
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{hashlib.sha256(b'large').hexdigest()}\nsize 5\n"
+    file.write_text(pointer)
+    subprocess.run([*git, "commit", "-qam", "as Git LFS keeps it"], check=True)
+    file.write_text("large")
+    assert git_commit(file) == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    file.write_text("Large")
+    assert str(git_commit(file)).endswith("-dirty")
     (tmp_path / "other.jsonl").write_text("")
     assert git_commit(tmp_path / "other.jsonl") is None

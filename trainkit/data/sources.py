@@ -25,7 +25,7 @@ from trainkit.data.files import (
 from trainkit.data.strict_json import fault_in_strings
 from trainkit.data.wording import listed, nearest, shown
 from trainkit.errors import DataError
-from trainkit.run_folder import expanded
+from trainkit.run_folder import expanded, leads_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,6 +164,12 @@ def _folder_files(source: Source, folder: Path) -> tuple[_File, ...]:
         raise DataError(
             f"{source.path}: cannot read {listed(others, 5)} in this folder (known are {', '.join(KINDS)}, no folders "
             "inside); move them out, or name single files as sources"
+        )
+    outside = [entry.name for entry in files if leads_out(entry, folder)]
+    if outside:
+        raise DataError(
+            f"{source.path}: {listed(outside, 5)} in this folder links to a file outside of it, and is not followed; name "
+            "the file itself as a source if it is meant to be read"
         )
     return tuple(_File(file, f"{source.path.rstrip('/')}/{file.name}") for file in files)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from trainkit.errors import UsageError
+from trainkit.errors import ModelError, UsageError
 from trainkit.model.loading import quiet_libraries
 
 if TYPE_CHECKING:
@@ -57,13 +57,20 @@ class TrainedShare:
 
 
 def check_adapter(config: PretrainedConfig, adapter: Adapter | None) -> None:
-    """Raise UsageError for the names and ranks that :func:`attach_adapter` would refuse; no weight is needed for it."""
+    """Raise UsageError for the names and ranks that :func:`attach_adapter` would refuse; no weight is needed for it.
+
+    Raises ModelError where no model can be made of ``config``.
+    """
     if adapter is None:
         return
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), quiet_libraries():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        except Exception as error:  # whatever a model class makes of a config that does not fit
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise ModelError(f"config.json of {config.model_type}: no model can be built: {first}") from error
     _lora_config(model, adapter)
 
 

@@ -130,7 +130,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header.pop("__metadata__", None)
             tensors = {name: _stored_tensor(facts) for name, facts in header.items()}
             data_bytes = max((facts["data_offsets"][1] for facts in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path}: its safetensors header is damaged; copy or download it again") from error
     expected = 8 + length + data_bytes
     if expected != actual:
@@ -168,7 +168,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = _read_json(path, missing=f"no {CONFIG_FILE}; is this a model folder?")
     if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path}: no `model_type`, so nothing says which architecture this is")
+    _check_implementations(path, values)
     return values
+
+
+def _check_implementations(path: Path, values: Mapping[str, Any]) -> None:
+    """Raise ModelError for ``attn_implementation: owner/name`` and its like: transformers would fetch and run it."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_implementations(path, value)
+        elif name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise ModelError(
+                f"{path}: `{name}` names code of a repository ({value[:60]}), which is never run; take the key out"
+            )
 
 
 def check_architecture(path: Path, values: Mapping[str, Any]) -> None:
@@ -277,6 +289,8 @@ def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
         raise ModelError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     try:
         values = json.loads(text)
+    except RecursionError:
+        raise ModelError(f"{path}: nested too deeply to be what it should be; restore the file") from None
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise ModelError(f"{path}:{line}: not valid JSON ({getattr(error, 'msg', error)}); restore the file") from error
@@ -289,6 +303,8 @@ def _stored_tensor(facts: Mapping[str, Any]) -> StoredTensor:
     start, end = facts["data_offsets"]
     shape = tuple(int(length) for length in facts["shape"])
     dtype = str(facts["dtype"])
+    if not 0 <= start <= end or min(shape, default=0) < 0:
+        raise ValueError(dtype)
     bits = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}.get(dtype)
     if bits is not None and math.prod(shape) * bits != (end - start) * 8:
         raise ValueError(dtype)

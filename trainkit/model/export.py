@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.errors import DivergedError, ModelError
+from trainkit.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE
 from trainkit.model.adapters import trained_share
 from trainkit.model.loading import keep_packed_as_stored, quantisation, quiet_libraries, stored_dtype
 from trainkit.model.model_card import CardFacts, model_card
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from trainkit.model.locating import ModelLocation
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 VERIFIED_TOKENS = 256  # enough context for every layer to matter, few enough for the logits of a large vocabulary
 FP32_TOLERANCE = 1e-5  # relative: the same sums in another order, as a GPU or 16 bit may have them
 
@@ -221,6 +220,7 @@ def load_plainly(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
+    options["trust_remote_code"] = False
     if four_bit:
         options["quantization_config"] = quantisation(dtype)
     if four_bit or device.type != "cpu":

@@ -14,6 +14,7 @@ from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from trainkit.errors import MachineError, ModelError
 from trainkit.model.checking import check_model, check_vocabulary, stored_dtype, stored_tensors, weight_files
@@ -182,7 +183,7 @@ def load_model(
                 trust_remote_code=False,
                 **options,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise MachineError(
                     f"{location.name}: the weights do not fit on {device}; take a smaller model, or adapter.type: qlora"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import MachineError, ModelError
-from trainkit.run_folder import expanded
+from trainkit.run_folder import expanded, leads_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +55,7 @@ def locate_model(model: Model) -> ModelLocation:
         return ModelLocation(model.name, SHIPPED_MODELS / model.name)
     path = expanded(model.name)
     if path.is_dir():
+        check_entries(path)
         return ModelLocation(model.name, path.resolve())
     if path.exists():
         raise ModelError(f"model.name: {model.name} is a file; give the folder that it lies in")
@@ -63,6 +64,25 @@ def locate_model(model: Model) -> ModelLocation:
         hint = f"; did you mean {near}?" if near else "; give a folder, a hub id (owner/name) or `tiny`"
         raise ModelError(f"model.name: no such folder: {model.name}{hint}")
     return _from_hub(model.name, model.revision)
+
+
+def check_entries(folder: Path) -> None:
+    """Raise ModelError for a file of a model folder that is a link out of it, or that is no file: a pipe, a device.
+
+    Whatever a model folder holds may end up in a result that is given away: the tokenizer and its templates do.
+    """
+    entries = sorted(folder.iterdir())
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir() and not leads_out(templates, folder):
+        entries += sorted(templates.iterdir())
+    for entry in entries:
+        if leads_out(entry, folder):
+            raise ModelError(
+                f"{entry}: is a link to a file outside of its folder, and is not followed; copy the file here if it is "
+                "meant to be read"
+            )
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise ModelError(f"{entry}: is neither a file nor a folder; take it away")
 
 
 def looks_like_path(name: str) -> bool:

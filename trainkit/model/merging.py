@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.errors import ModelError, UsageError
+from trainkit.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from trainkit.model.adapters import trained_tensor_names
 from trainkit.model.checking import DIGESTS, check_model, recorded_digests, sha256, stored_dtype
 from trainkit.model.export import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
     FP32_TOLERANCE,
     Difference,
     check_finite,
@@ -25,9 +23,10 @@ from trainkit.model.export import (
     write_model,
 )
 from trainkit.model.loading import load_model, quiet_libraries
-from trainkit.model.locating import SHIPPED_MODELS, SHIPPED_NAMES, ModelLocation, locate_model
+from trainkit.model.locating import SHIPPED_MODELS, SHIPPED_NAMES, ModelLocation, check_entries, locate_model
 from trainkit.model.model_card import merged_card
 from trainkit.model.result_folder import check_free, new_folder
+from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Model, Packing
 from trainkit.run_folder import RunFolder
 
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from trainkit.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
 PROBE_ROWS, PROBE_TOKENS = 2, 64
@@ -101,14 +102,14 @@ class MergeReport:
 def merge_adapter(run: Path, output: Path | None = None) -> MergeReport:
     """Merge the adapter of the run folder ``run`` into its base model and write a plain model to ``output``.
 
-    Raises UsageError when there is nothing to merge or ``output`` exists, ModelError when base or adapter are damaged
+    Raises UsageError when there is nothing to merge, ``output`` exists or recipe.yaml is damaged, ModelError when base or adapter are damaged
     or when a check fails: nothing is written then.
     """
     folder = RunFolder(run)
     output = run / "merged" if output is None else output
     _check_run(folder)
     check_free(output, replace=False)
-    location = _base_of(folder.final)
+    location = _base_of(folder)
     check_model(location, Packing(sequence_length=8))
     base = load_model(location, None, torch.float32, CPU).model
     before = _digests(base.state_dict())
@@ -150,6 +151,7 @@ def _check_run(folder: RunFolder) -> None:
         raise UsageError(f"{folder.root}: no such run folder; give the output_dir of a run")
     if not folder.final.is_dir():
         raise UsageError(f"{folder.root}: has no final/: the run is not finished; run trainkit fine-tune to its end")
+    check_entries(folder.final)
     if not (folder.final / ADAPTER_CONFIG).is_file():
         raise UsageError(f"{folder.final}: is a full model, there is no adapter to merge: use it as it is")
     for path, recorded in recorded_digests(folder.final).items():
@@ -157,14 +159,11 @@ def _check_run(folder: RunFolder) -> None:
             raise ModelError(f"{path}: changed after it was written (SHA-256); restore it")
 
 
-def _base_of(final: Path) -> ModelLocation:
+def _base_of(folder: RunFolder) -> ModelLocation:
     from pathlib import Path
 
-    try:
-        config = json.loads((final / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        name, revision = config["base_model_name_or_path"], config.get("revision")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{final / ADAPTER_CONFIG}: cannot be read; restore it") from error
+    config = read_adapter_config(folder.final)
+    name, revision = config["base_model_name_or_path"], config.get("revision")
     path = Path(name)
     if (
         path.is_absolute()
@@ -173,6 +172,12 @@ def _base_of(final: Path) -> ModelLocation:
         and path.parent.name == SHIPPED_MODELS.name
     ):
         return locate_model(Model(name=path.name))  # the package moved since; the model in it is the same
+    recipe = _recipe_of(folder)
+    if not path.is_dir() and (recipe is None or name != recipe.model.name):
+        raise ModelError(
+            f"{folder.final / ADAPTER_CONFIG}: its base model {name} is no folder here, and the run's recipe.yaml does "
+            "not name it; restore them"
+        )
     return locate_model(Model(name=name, revision=revision))
 
 
@@ -265,13 +270,12 @@ def _within(tolerance: float, expected: torch.Tensor, actual: torch.Tensor, what
 
 
 def _trained_in_four_bit(folder: RunFolder) -> bool:
-    import yaml
+    recipe = _recipe_of(folder)
+    return recipe is not None and recipe.adapter is not None and recipe.adapter.type == "qlora"
 
-    if not folder.recipe.is_file():
-        return False
-    recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    adapter = recipe.get("adapter") if isinstance(recipe, dict) else None
-    return isinstance(adapter, dict) and adapter.get("type") == "qlora"
+
+def _recipe_of(folder: RunFolder) -> Recipe | None:
+    return read_recipe(str(folder.recipe)).recipe if folder.recipe.is_file() else None
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+LARGEST_LFS_POINTER_BYTES = 1024
+"""The format's own limit: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md."""
 
 
 def describe_environment(
@@ -44,18 +47,38 @@ def describe_environment(
 
 
 def git_commit(file: Path) -> str | None:
-    """The commit checked out where ``file`` lies, with ``-dirty`` when the file differs; None outside of git."""
-    git = ["git", "-C", str(file.parent)]
+    """The commit checked out where ``file`` lies, with ``-dirty`` when the file differs from what it holds.
+
+    None outside of git, and for a file that the commit does not hold. A repository's own settings can name programs,
+    for filters, hooks, a watcher of files or a connection; a data folder is somebody else's, so only such commands are
+    given as run none: they look up objects, and hash bytes as they are. Of the filters only Git LFS is understood.
+    """
+    commit = _git(file.parent, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    kept = _git(file.parent, "rev-parse", "--verify", "--quiet", f"HEAD:./{file.name}")
+    there = _git(file.parent, "hash-object", "--no-filters", "--", file.name)
+    if commit is None or kept is None or there is None:
+        return None
+    return commit if there == kept or _is_large_file(file, kept) else f"{commit}-dirty"
+
+
+def _is_large_file(file: Path, kept: str) -> bool:
+    """Whether the object ``kept`` is the Git LFS pointer of ``file``, which holds the SHA-256 of its content."""
+    size = _git(file.parent, "cat-file", "-s", kept)
+    if size is None or int(size) > LARGEST_LFS_POINTER_BYTES:
+        return False
+    pointer = _git(file.parent, "cat-file", "blob", kept) or ""
+    with file.open("rb") as content:
+        return f"oid sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}" in pointer.splitlines()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says in ``folder``; None where it fails or is not there. It may connect to nothing."""
+    settings = {"GIT_ALLOW_PROTOCOL": "", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "-C", str(folder), *arguments]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
-        tracked = subprocess.run(
-            [*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=5, check=False
-        )
-        if tracked.returncode != 0:
-            return None
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--", file.name], capture_output=True, text=True, timeout=5, check=True
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True, env=os.environ | settings
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+    return done.stdout.strip()

@@ -47,7 +47,7 @@ class MetricsLog:
         self._on_failure = on_failure
         self._failed = False
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             self.length_bytes = path.read_bytes().rfind(b"\n") + 1
             os.ftruncate(self._descriptor, self.length_bytes)
         except OSError as error:
