@@ -14,6 +14,10 @@ def main() -> None:
     # reads this when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+    # Libraries that count their users do not, unless the user says so.
+    for name in ("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "true")
+
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed when the program began: what is said goes nowhere
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the program ends

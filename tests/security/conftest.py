@@ -99,6 +99,8 @@ class WatchedCommands:
             env=dict(environment),
             cwd=folder,
         )
+        assert self._process.stdout is not None
+        self.asked_while_importing: list[str] = json.loads(_line(self._process.stdout))
 
     def run(self, arguments: list[str], folder: Path, environment: Mapping[str, str], seconds: float) -> Watched:
         """One command line, started in ``folder`` with additions to the environment."""

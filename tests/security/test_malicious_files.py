@@ -952,7 +952,7 @@ def as_parameter(one: Case) -> Any:
     return pytest.param(one, id=one.name, marks=[open_still] if one.name in HOLES_OF_RESUMING else [])
 
 
-@pytest.mark.parametrize("one", map(as_parameter, CASES))
+@pytest.mark.parametrize("one", [as_parameter(one) for one in CASES])
 def test_harm(room: Any, one: Case) -> None:
     arguments = one.spoil(room)
     done = room.run(*(arguments or ()))

@@ -9,11 +9,14 @@ names that are asked for with ``os.access``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import select
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,12 +39,19 @@ NAMES_OF_EVENTS = (
     "webbrowser.open",
 )
 """Beginnings of the names of the events that are told."""
+SENDING = {"socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"}
 
 
 def serve() -> None:
     """Answer requests until stdin ends."""
+    asked: list[str] = []
+    importing = True
+    sys.addaudithook(lambda name, _: asked.append(name) if importing and name in SENDING else None)
     import_everything()
+    importing = False
     answers = os.fdopen(os.dup(1), "w")
+    answers.write(json.dumps(asked) + "\n")
+    answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
         os.access(f"/case-begins-{request['name']}", os.F_OK)
@@ -113,9 +123,21 @@ def run(request: dict[str, Any]) -> int:
     os.chdir(request["folder"])
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     watch(request["events"])
+    if request["arguments"] == ["misbehave"]:
+        return misbehave(Path(request["folder"]).parent / "outside")
     from trainkit.cli import run as command
 
     return command(request["arguments"])
+
+
+def misbehave(outside: Path) -> int:
+    """What a payload would do, so that a test can see that it is seen; nothing listens at that port."""
+    (outside / "canary").write_text((outside / "secret.txt").read_text())
+    subprocess.run(["true"], check=True)
+    for number, address in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
+        with contextlib.suppress(OSError), socket.socket(number) as probe:
+            probe.connect(address)
+    return 0
 
 
 def watch(path: str) -> None:

@@ -215,7 +215,7 @@ def _check_config(location: ModelLocation) -> PretrainedConfig:
     path = location.folder / CONFIG_FILE
     check_architecture(path, read_config(location.folder))
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder))
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"{path}: {_first_line(error)}") from error
     return config

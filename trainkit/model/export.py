@@ -220,7 +220,6 @@ def load_plainly(
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "use_safetensors": True}
-    options["trust_remote_code"] = False
     if four_bit:
         options["quantization_config"] = quantisation(dtype)
     if four_bit or device.type != "cpu":
@@ -228,10 +227,10 @@ def load_plainly(
     with quiet_libraries():
         try:
             if not (folder / ADAPTER_CONFIG).is_file():
-                return AutoModelForCausalLM.from_pretrained(str(folder), **options)
+                return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, **options)
             config = PeftConfig.from_pretrained(str(folder))
             base = AutoModelForCausalLM.from_pretrained(
-                config.base_model_name_or_path, revision=config.revision, **options
+                config.base_model_name_or_path, revision=config.revision, trust_remote_code=False, **options
             )
             keep_packed_as_stored(base)
             return PeftModel.from_pretrained(base, str(folder))
