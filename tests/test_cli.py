@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from trainkit import __version__, errors
-from trainkit.cli import app, run, without_secrets
+from trainkit.cli import app, run
 from trainkit.recipe.keys import all_keys
 
 RECIPE = """\
@@ -328,10 +328,6 @@ def test_a_crash_report_holds_no_secret(fails: Any, folder: Path, monkeypatch: p
     assert run(["fine-tune", "recipe.yaml"]) == 1
     (crash,) = folder.glob("trainkit-crash-*.txt")
     assert "401 with *** at https://***@host/x for ***" in crash.read_text()
-
-
-def test_what_is_no_secret_stays() -> None:
-    assert without_secrets("https://huggingface.co/a/b:c hf_config") == "https://huggingface.co/a/b:c hf_config"
 
 
 # As a program

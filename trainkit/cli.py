@@ -7,7 +7,6 @@ says where. Results go to stdout. Heavy libraries are imported by the commands, 
 import contextlib
 import errno
 import os
-import re
 import select
 import sys
 import tempfile
@@ -23,11 +22,12 @@ import typer
 
 from trainkit import __version__
 from trainkit.console import Console
-from trainkit.errors import Stopped, TrainkitError
+from trainkit.errors import Stopped, TrainkitError, UsageError
 from trainkit.launched import is_first_to_fail, launched, terminal
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
 from trainkit.recipe.schema import Packing
+from trainkit.recipe.secrets import holds_secret, without_secrets
 from trainkit.run_folder import RunFolder
 
 EXIT_BUG, EXIT_USAGE, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 5, 130
@@ -417,7 +417,7 @@ def _read(
         _session(context).run_folder = RunFolder(Path(read.recipe.output_dir))
     console = Console()
     for line in read.warnings if launched().speaks else ():
-        console.warn(line)
+        console.warn(without_secrets(line))
     return read
 
 
@@ -425,6 +425,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; what comes back is the exit code. Raises nothing."""
     session = Session(debug="--debug" in arguments)
     try:
+        _check_arguments(arguments)
         # --debug may stand anywhere: it is typed when the command has just failed
         code = _invoke([argument for argument in arguments if argument != "--debug"], session)
         sys.stdout.flush()
@@ -433,6 +434,16 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         return _failed(error, session)
     return code
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for a secret among them: other users of this machine can read a command line."""
+    for number, argument in enumerate(arguments, start=1):
+        if holds_secret(argument):
+            raise UsageError(
+                f"argument {number} holds what looks like an access token or a password; give it through the environment "
+                "(HF_TOKEN, WANDB_API_KEY, ...) or log in with the service's own program"
+            )
 
 
 def _invoke(arguments: list[str], session: Session) -> int:
@@ -474,7 +485,7 @@ def _say(error: BaseException, lines: list[str], code: int, session: Session) ->
         for line in _traceback(error).splitlines():
             console.note(line)
     for line in lines:
-        console.error(line)
+        console.error(without_secrets(line))
     return code
 
 
@@ -534,11 +545,3 @@ def _crash_files(run_folder: RunFolder | None) -> list[Path]:
 
 def _traceback(error: BaseException) -> str:
     return without_secrets("".join(traceback.format_exception(error)))
-
-
-def without_secrets(text: str) -> str:
-    """``text`` with access tokens taken out: a crash report is there to be sent to others."""
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search("TOKEN|SECRET|PASSWORD|API_?KEY", name, re.IGNORECASE):
-            text = text.replace(value, "***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)", "***", text)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
+from trainkit.recipe.secrets import holds_secret, secrets_of_environment
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -38,6 +40,10 @@ NUMBER_OF_1_1 = re.compile(
     r"[-+]?(0b[01_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)"
 )
 
+HOLDS_SECRET = (
+    "holds what looks like an access token or a password; a recipe is copied into the run folder and the model card, so "
+    "give it through the environment"
+)
 NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -203,6 +209,7 @@ class _Builder:
     anchors: dict[str, tuple[Node, int] | None] = field(default_factory=dict)
     aliases: int = 0
     values: int = 0
+    secrets: tuple[str, ...] = field(default_factory=secrets_of_environment)
 
     def place(self, event: Any) -> Place:
         return self.place_at(event.start_mark.line + 1, event.start_mark.column + 1)
@@ -237,6 +244,8 @@ class _Builder:
             value = event.value if quoted else scalar_value(event.value)
             if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
                 raise self.fail(event, "holds a character that no text may hold (NUL or half of a surrogate pair)", key)
+            if holds_secret(event.value, self.secrets):
+                raise self.fail(event, HOLDS_SECRET, key)
             return Scalar(self.place(event), value, event.value, quoted)
         if depth >= MAX_DEPTH:
             raise self.fail(event, f"nested deeper than {MAX_DEPTH} levels")
@@ -281,6 +290,8 @@ class _Builder:
             raise self.fail(event, "a key must be a plain name", key)
         if event.value == "<<" and not event.style:
             raise self.fail(event, "merge keys (`<<`) are refused; use `extends:`, or write the keys out", key)
+        if holds_secret(event.value, self.secrets):
+            raise self.fail(event, HOLDS_SECRET, key)
         name: str = event.value
         return name
 
