@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PROGRAMS = ["bash", "env", "dirname", "cat", "cksum", "tee"]
+PROGRAMS = ["bash", "env", "dirname", "cat", "cksum", "sed", "tee"]
 
 
 @pytest.fixture
@@ -32,11 +32,13 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def call(clone: Path, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def call(
+    clone: Path, verb: str, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [clone / "scripts" / verb, *arguments],
         cwd=clone.parent,
-        env={"PATH": str(clone / "bin")},
+        env={"PATH": str(clone / "bin"), **(environment or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -66,15 +68,16 @@ def test_an_installation_happens_once_and_again_when_the_pins_change(clone: Path
     first = call(clone, "quickstart", "--fresh")
     assert (first.returncode, first.stdout) == (0, "trainkit fine-tune quickstart --fresh\n")
     installed = log.read_text().splitlines()
-    assert "torch==2.13.0" in installed[0]
-    assert installed[-1].endswith(f"--editable {clone}")
+    assert [line.rpartition("/")[2] for line in installed[:-1]] == ["torch.txt", "core.txt"]
+    assert all("--require-hashes -r " in line and "--no-deps" in line for line in installed[:-1])
+    assert installed[-1].endswith(f"--no-build-isolation --editable {clone}")
 
     again = call(clone, "quickstart")
     assert (again.returncode, again.stderr) == (0, "")
     assert log.read_text().splitlines() == installed
 
-    with (clone / "scripts" / "constraints.txt").open("a") as constraints:
-        constraints.write("another==1\n")
+    with (clone / "scripts" / "locked" / "core.txt").open("a") as lock:
+        lock.write("another==1\n")
     assert call(clone, "quickstart").returncode == 0
     assert len(log.read_text().splitlines()) == 2 * len(installed)
 
@@ -83,5 +86,25 @@ def test_a_failing_pip_ends_the_script_and_leaves_it_to_go_on_later(clone: Path)
     program(clone / ".venv" / "bin" / "python", 'test "$2" != pip')
     done = call(clone, "quickstart")
     assert done.returncode == 5
-    assert "pip could not install torch==2.13.0; its reason stands above" in done.stderr
+    assert f"pip could not install {clone}/scripts/locked/torch.txt; its reason stands above" in done.stderr
+    assert "TRAINKIT_TORCH_BY_VERSION=1" in done.stderr
     assert not (clone / ".venv" / "installed-core").exists()
+
+
+def test_a_build_of_torch_that_is_not_locked_is_taken_only_when_it_is_asked_for(clone: Path) -> None:
+    program(clone / ".venv" / "bin" / "python", 'test "$2" != pip || echo "$@" >> "$(dirname "$0")/../pip.log"')
+    program(clone / ".venv" / "bin" / "trainkit", "")
+    done = call(clone, "quickstart", environment={"TRAINKIT_TORCH_BY_VERSION": "1"})
+    assert "whatever its hash" in done.stderr
+    first, *others = (clone / ".venv" / "pip.log").read_text().splitlines()
+    assert first.endswith("--no-deps torch==2.13.0")
+    assert "--require-hashes" in others[0]
+
+
+def test_builds_of_torch_for_cuda_get_what_they_need(clone: Path) -> None:
+    python = 'case "$1 $2" in "-c "*metadata*) exit 1;; *pip*) echo "$@" >> "$(dirname "$0")/../pip.log";; esac'
+    program(clone / ".venv" / "bin" / "python", python)
+    program(clone / ".venv" / "bin" / "trainkit", "")
+    assert call(clone, "quickstart").returncode == 0
+    names = [line.rpartition("/")[2] for line in (clone / ".venv" / "pip.log").read_text().splitlines()]
+    assert names[:3] == ["torch.txt", "cuda.txt", "core.txt"]
