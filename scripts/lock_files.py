@@ -83,13 +83,15 @@ def main() -> None:
         texts.append(output.read_text())
     torch = blocks_of(texts[0])["torch"].split()[0]
     # What this machine's pip gets may be a build that the index above does not list: a CPU build of torch's own index.
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch / "torch", torch], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch / "torch", torch], check=True
+    )
     builds = {f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in (scratch / "torch").iterdir()}
     before = FOLDER / "torch.txt"
     if before.is_file() and (known := blocks_of(before.read_text()).get("torch", "")).split()[:1] == [torch]:
         builds |= set(HASH.findall(known))
     FOLDER.mkdir(exist_ok=True)
-    for file, text in split(*texts, builds).items():
+    for file, text in split(texts[0], texts[1], builds).items():
         (FOLDER / file).write_text(text)
         print(f"{FOLDER / file}: {len(blocks_of(text))} packages")
 

@@ -102,7 +102,7 @@ def test_a_build_of_torch_that_is_not_locked_is_taken_only_when_it_is_asked_for(
 
 
 def test_builds_of_torch_for_cuda_get_what_they_need(clone: Path) -> None:
-    python = 'case "$1 $2" in "-c "*metadata*) exit 1;; *pip*) echo "$@" >> "$(dirname "$0")/../pip.log";; esac'
+    python = 'case "$1 $2" in "-c "*metadata*) exit 1;; "-m pip") echo "$@" >> "$(dirname "$0")/../pip.log";; esac'
     program(clone / ".venv" / "bin" / "python", python)
     program(clone / ".venv" / "bin" / "trainkit", "")
     assert call(clone, "quickstart").returncode == 0

@@ -441,8 +441,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
     for number, argument in enumerate(arguments, start=1):
         if holds_secret(argument):
             raise UsageError(
-                f"argument {number} holds what looks like an access token or a password; give it through the environment "
-                "(HF_TOKEN, WANDB_API_KEY, ...) or log in with the service's own program"
+                f"argument {number} holds what looks like an access token or a password; give it through the "
+                "environment (HF_TOKEN, WANDB_API_KEY, ...) or log in with the service's own program"
             )
 
 

@@ -25,7 +25,7 @@ TRACED = (
     "open,openat,openat2,creat,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,link,linkat,symlink,"
     "symlinkat,truncate,chmod,fchmodat,execve,connect,sendto,sendmsg,access,faccessat,faccessat2"
 )
-OPENED = re.compile(r'\b(?:open|openat|openat2|creat)\(.*= \d+<(?P<path>[^>]*)>')
+OPENED = re.compile(r"\b(?:open|openat|openat2|creat)\(.*= \d+<(?P<path>[^>]*)>")
 FLAGS = re.compile(r"O_(WRONLY|RDWR|CREAT|TRUNC)")
 CHANGED = re.compile(r"\b(rename|unlink|rmdir|mkdir|link|symlink|truncate|chmod|fchmodat)\w*\((?P<rest>.*)\) += 0$")
 HARMLESS_PROGRAMS = {"git", "uname"}  # the commit of the data; the platform that environment.json names
@@ -281,9 +281,7 @@ def _files_with(folder: Path, text: str) -> list[Path]:
 
 
 @pytest.fixture
-def room(
-    tiny_model_folder: Path, small_recipe: dict[str, Any], watched_commands: WatchedCommands
-) -> Room:
+def room(tiny_model_folder: Path, small_recipe: dict[str, Any], watched_commands: WatchedCommands) -> Room:
     """Always at the same place, so that a run that was kept finds its model again."""
     stage = watched_commands.folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)

@@ -21,7 +21,10 @@ def plain(name: str) -> str:
 
 def pins() -> dict[str, str]:
     lines = (REPOSITORY / "scripts" / "constraints.txt").read_text().splitlines()
-    return {plain(name): version for name, _, version in (line.partition("==") for line in lines if "==" in line and line[0] != "#")}
+    return {
+        plain(name): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line and line[0] != "#")
+    }
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.txt")), ids=lambda path: path.name)
@@ -48,7 +51,9 @@ def test_no_package_stands_in_two_files() -> None:
     assert sum(map(len, LOCKS.values())) == len(LOCKED)
 
 
-@pytest.mark.parametrize(("extras", "files"), [((), ("core.txt", "torch.txt")), (("dev", "qlora"), ("core.txt", "torch.txt", "dev.txt"))])
+@pytest.mark.parametrize(
+    ("extras", "files"), [((), ("core.txt", "torch.txt")), (("dev", "qlora"), ("core.txt", "torch.txt", "dev.txt"))]
+)
 def test_what_is_needed_here_is_all_there(extras: tuple[str, ...], files: tuple[str, ...]) -> None:
     """From trainkit's own requirements on, along those of the packages that are installed."""
     there = set().union(*(LOCKS[file] for file in files))

@@ -1,4 +1,4 @@
-"""Models, tokenizers, templates, recipes, data, checkpoints and results that were made to do harm.
+"""Models, tokenizers, templates, recipes, data, caches, checkpoints and results that were made to do harm.
 
 Each case spoils one thing in a room that works and runs a command over it. Whatever the command says of it, no payload
 may run, nothing outside the room may be read or written, no other machine may be asked, and a refusal is one line.
@@ -35,6 +35,8 @@ class Case:
     codes: tuple[int, ...]
     says: str
     spoil: Spoil
+    seconds: float = 60
+    long: bool = False
 
 
 CASES: list[Case] = []
@@ -73,7 +75,9 @@ def plant_torch_archive(path: Path, code: str) -> None:
 
 def plant_module(path: Path, code: str, *classes: str) -> None:
     bases = "from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast\n"
-    path.write_text(bases + code + "\n" + "".join(f"class {name}(PretrainedConfig): model_type = 'evil'\n" for name in classes))
+    path.write_text(
+        bases + code + "\n" + "".join(f"class {name}(PretrainedConfig): model_type = 'evil'\n" for name in classes)
+    )
 
 
 def header_of(room: Any) -> tuple[dict[str, Any], bytes]:
@@ -112,7 +116,14 @@ def shards_of_pickles_with_an_index(room: Any) -> None:
 
 @case(OK)
 def pickles_beside_good_weights(room: Any) -> None:
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.pkl"):
+    for name in (
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "model.pkl",
+    ):
         plant_pickle(room.model / name, room.payload())
 
 
@@ -253,7 +264,11 @@ def a_configuration_with_code_of_its_own(room: Any) -> None:
 
 @case(OK)
 def a_known_model_type_with_code_of_its_own(room: Any) -> None:
-    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel", "AutoTokenizer": ["evil.T", "evil.T"]}
+    auto_map = {
+        "AutoConfig": "evil.EvilConfig",
+        "AutoModelForCausalLM": "evil.EvilModel",
+        "AutoTokenizer": ["evil.T", "evil.T"],
+    }
     room.edit_json("config.json", auto_map=auto_map)
     plant_module(room.model / "evil.py", room.payload(), "EvilConfig", "EvilModel", "T")
 
@@ -273,7 +288,15 @@ def code_for_the_estimate(room: Any) -> list[str]:
 
 @case(OK, MODEL)
 def python_files_that_shadow_libraries(room: Any) -> None:
-    for name in ("json.py", "torch.py", "conftest.py", "sitecustomize.py", "setup.py", "__init__.py", "modeling_llama.py"):
+    for name in (
+        "json.py",
+        "torch.py",
+        "conftest.py",
+        "sitecustomize.py",
+        "setup.py",
+        "__init__.py",
+        "modeling_llama.py",
+    ):
         (room.model / name).write_text(room.payload())
         (room.folder / name).write_text(room.payload())
 
@@ -389,7 +412,9 @@ def a_configuration_that_is_a_pipe(room: Any) -> None:
 
 @case(MODEL, OK)
 def a_tokenizer_with_code_of_its_own(room: Any) -> None:
-    room.edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, tokenizer_class="Evil")
+    room.edit_json(
+        "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, tokenizer_class="Evil"
+    )
     plant_module(room.model / "evil.py", room.payload(), "Evil")
 
 
@@ -400,7 +425,9 @@ def a_tokenizer_with_code_elsewhere(room: Any) -> None:
 
 @case(MODEL, OK)
 def a_tokenizer_that_packs(room: Any) -> list[str]:
-    room.edit_json("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, tokenizer_class="Evil")
+    room.edit_json(
+        "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, tokenizer_class="Evil"
+    )
     plant_module(room.model / "evil.py", room.payload(), "Evil")
     (room.model / "config.json").unlink()
     return ["pack-data", "--data", "train.jsonl", "--tokenizer", "model", "--sequence-length", "64"]
@@ -423,7 +450,14 @@ def a_pickled_vocabulary_of_transfo_xl(room: Any) -> None:
 @case(MODEL, OK)
 def a_tokenizer_that_names_files_outside(room: Any) -> None:
     shutil.copy(room.model / "tokenizer.json", room.outside)
-    names = ("vocab_file", "merges_file", "tokenizer_file", "chat_template_file", "special_tokens_map_file", "added_tokens_file")
+    names = (
+        "vocab_file",
+        "merges_file",
+        "tokenizer_file",
+        "chat_template_file",
+        "special_tokens_map_file",
+        "added_tokens_file",
+    )
     room.edit_json("tokenizer_config.json", **dict.fromkeys(names, str(room.outside / "tokenizer.json")))
 
 
@@ -514,6 +548,63 @@ def chat_templates_of_odd_names(room: Any) -> None:
     room.edit_json("tokenizer_config.json", chat_template=templates)
 
 
+# --- chat templates -----------------------------------------------------------------------------------------------------
+
+DOUBLING = "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+REACHING_OUT = {
+    "globals_of_a_message": "{{ messages.__class__.__init__.__globals__ }}",
+    "globals_of_cycler": "{{ cycler.__init__.__globals__.os.popen('touch CANARY').read() }}",
+    "globals_of_joiner": "{{ joiner.__init__.__globals__['os'].system('touch CANARY') }}",
+    "globals_of_lipsum": "{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
+    "globals_of_raise_exception": "{{ raise_exception.__globals__['__builtins__'] }}",
+    "globals_of_nothing": "{{ nothing.__init__.__globals__ }}",
+    "the_template_itself": "{{ self._TemplateReference__context.environment }}",
+    "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "the_class_by_a_filter": "{{ ''|attr('__class__') }}",
+    "the_class_by_map": "{{ ['']|map(attribute='__class__')|list }}",
+    "the_class_by_groupby": "{{ messages|groupby('__class__')|list }}",
+    "the_class_by_a_format": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "the_class_by_a_format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+    "a_file_included": "{% include 'SECRET' %}",
+    "a_file_imported": "{% import 'SECRET' as secret %}{{ secret }}",
+    "a_file_extended": "{% extends 'SECRET' %}",
+    "a_file_from_which_is_imported": "{% from '../outside/secret.txt' import x %}",
+}
+WITHOUT_END = {
+    "thirty_million_characters": "{% for i in range(100000) %}{% for j in range(300) %}x{% endfor %}{% endfor %}",
+    "a_recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "a_text_that_doubles": "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "a_list_that_doubles": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a_wide_format": "{{ '%2000000000d' % 1 }}",
+    "a_wide_filter": "{{ 'x'|center(2000000000) }}",
+    "a_wide_method": "{{ 'x'.ljust(2000000000) }}",
+    "many_bytes": "{{ (1).to_bytes(2000000000) }}",
+    "a_long_batch": "{{ [1]|batch(500000000, 'x')|list|length }}",
+    "a_deep_indent": "{{ [1, [2]]|tojson(indent=1000000000) }}",
+}
+NEVER_DONE = {
+    "loops_that_write_nothing": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "paragraphs": "{{ lipsum(n=100000000) }}",
+    "a_round_number": "{{ 1.5|round(100000000, 'ceil') }}",
+    "many_slices": "{{ [1]|slice(300000000)|list|length }}",
+    "a_nest_written_out": DOUBLING + "{{ ns.x }}",
+    "a_nest_as_json": DOUBLING + "{{ ns.x|tojson }}",
+    "a_nest_compared": DOUBLING.replace("[1]", "[2]") + DOUBLING.replace("ns", "other") + "{{ ns.x == other.x }}",
+}
+
+
+def template_case(kind: str, name: str, text: str) -> Case:
+    def spoil(room: Any) -> list[str]:
+        room.template(text.replace("CANARY", str(room.canary)).replace("SECRET", str(room.secret)))
+        return ["inspect-data", "recipe.yaml"]
+
+    return Case(f"a_template_with_{name}", (MODEL,), "chat template", spoil, seconds=120, long=kind == "never")
+
+
+for kind, texts in (("reaching", REACHING_OUT), ("without", WITHOUT_END), ("never", NEVER_DONE)):
+    CASES += [template_case(kind, name, text) for name, text in texts.items()]
+
+
 # --- recipes ------------------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +624,7 @@ def a_tag_that_makes_an_object(room: Any) -> None:
 
 @case(USAGE)
 def a_tag_that_evaluates(room: Any) -> None:
-    recipe_text(room, before=f"x: !!python/object/apply:builtins.eval [\"{room.payload()}\"]\n")
+    recipe_text(room, before=f'x: !!python/object/apply:builtins.eval ["{room.payload()}"]\n')
 
 
 @case(USAGE)
@@ -629,7 +720,12 @@ def a_tracker_that_is_a_module(room: Any) -> None:
 
 @case(USAGE)
 def an_override_that_runs(room: Any) -> list[str]:
-    return ["fine-tune", "recipe.yaml", "--set", f"training.seed=!!python/object/apply:os.system ['touch {room.canary}']"]
+    return [
+        "fine-tune",
+        "recipe.yaml",
+        "--set",
+        f"training.seed=!!python/object/apply:os.system ['touch {room.canary}']",
+    ]
 
 
 # --- data ---------------------------------------------------------------------------------------------------------------
@@ -717,10 +813,10 @@ def a_number_without_end(room: Any) -> None:
 
 
 @case(DATA, MACHINE)
-def a_compressed_line_of_a_gigabyte(room: Any) -> None:
+def a_compressed_line_of_many_megabytes(room: Any) -> None:
     with gzip.open(room.folder / "train.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"text": "')
-        for _ in range(300):
+        for _ in range(64):
             file.write(b"a" * 2**20)
     room.set("data.train", "train.jsonl.gz")
 
@@ -733,7 +829,14 @@ def a_repository_around_the_data_whose_settings_run_programs(room: Any) -> None:
     program = room.folder / "program.sh"
     program.write_text(f"#!/bin/sh\ntouch '{room.canary}'\ncat\n")
     program.chmod(0o755)
-    for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.smudge", "core.pager", "diff.external", "core.sshCommand"):
+    for key in (
+        "core.fsmonitor",
+        "filter.evil.clean",
+        "filter.evil.smudge",
+        "core.pager",
+        "diff.external",
+        "core.sshCommand",
+    ):
         subprocess.run([*git, "config", key, str(program)], check=True)
     subprocess.run([*git, "config", "filter.evil.process", ""], check=True)
     (room.folder / ".gitattributes").write_text("* filter=evil\n")
@@ -767,7 +870,9 @@ def a_cache_that_lists_files_outside(room: Any) -> None:
         content = json.loads(manifest.read_text())
         content.pop("sha256")
         first = next(iter(content["files"]))
-        content["files"]["../../../outside/secret.txt"] = content["files"][first] | {"bytes": room.secret.stat().st_size}
+        content["files"]["../../../outside/secret.txt"] = content["files"][first] | {
+            "bytes": room.secret.stat().st_size
+        }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         manifest.write_text(json.dumps(content))
@@ -847,7 +952,14 @@ def a_run_whose_recipe_runs_code(room: Any) -> list[str]:
 @case(OK, CHECKPOINT)
 def pickles_in_a_checkpoint(room: Any) -> None:
     checkpoint = next((room.trained() / "checkpoints").iterdir())
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin", ".metadata"):
+    for name in (
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "pytorch_model.bin",
+        ".metadata",
+    ):
         plant_pickle(checkpoint / name, room.payload())
     shutil.rmtree(room.folder / "run" / "final")
 
@@ -874,7 +986,9 @@ def reseal(checkpoint: Path) -> dict[str, Any]:
 @case(OK, CHECKPOINT)
 def a_state_of_wrong_types(room: Any) -> None:
     checkpoint = next((room.trained() / "checkpoints").iterdir())
-    (checkpoint / "state.json").write_text('{"step": "x", "counters": [], "log_bytes": 5, "optimizer": {}, "random": 1}')
+    (checkpoint / "state.json").write_text(
+        '{"step": "x", "counters": [], "log_bytes": 5, "optimizer": {}, "random": 1}'
+    )
     reseal(checkpoint)
     shutil.rmtree(room.folder / "run" / "final")
 
@@ -932,7 +1046,9 @@ def checkpoints_that_lie_outside(room: Any) -> None:
 def a_record_of_wrong_types(room: Any) -> None:
     run = room.trained()
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"micro_batch_size": "x", "run_id": ["../.."], "finished": False}))
+    (run / "run.json").write_text(
+        json.dumps(record | {"micro_batch_size": "x", "run_id": ["../.."], "finished": False})
+    )
     shutil.rmtree(run / "final")
 
 
@@ -949,13 +1065,14 @@ HOLES_OF_RESUMING = {
 
 def as_parameter(one: Case) -> Any:
     open_still = pytest.mark.xfail(strict=True, reason="what a run folder holds is believed when it is continued")
-    return pytest.param(one, id=one.name, marks=[open_still] if one.name in HOLES_OF_RESUMING else [])
+    marks = [open_still] * (one.name in HOLES_OF_RESUMING) + [pytest.mark.long] * one.long
+    return pytest.param(one, id=one.name, marks=marks)
 
 
 @pytest.mark.parametrize("one", [as_parameter(one) for one in CASES])
 def test_harm(room: Any, one: Case) -> None:
     arguments = one.spoil(room)
-    done = room.run(*(arguments or ()))
+    done = room.run(*(arguments or ("fine-tune", "recipe.yaml")), seconds=one.seconds)
     escapes = room.escapes(done)
     assert not escapes, (escapes, done.stderr[-800:])
     assert done.code in one.codes, (done.code, done.seconds, done.stderr[-3000:])

@@ -110,7 +110,15 @@ def test_a_run_with_its_result_keeps_nothing_of_the_environment_and_the_home_fol
         assert not leaks(room.folder, done.stdout, done.stderr)
         assert not room.escapes(done)
     made = {path.name for path in (room.folder / "run").rglob("*")}
-    wanted = {"recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "report.html", "README.md", "run.json"}
+    wanted = {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "README.md",
+        "run.json",
+    }
     assert made >= wanted | {"state.json", "manifest.json", "adapter_config.json", "tensorboard"}
 
 
@@ -132,7 +140,9 @@ def place(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("secret", SHAPED)
-@pytest.mark.parametrize("key", ["data.train", "model.name", "output_dir", "data.chat_template", "an_unknown_key", "training.seed"])
+@pytest.mark.parametrize(
+    "key", ["data.train", "model.name", "output_dir", "data.chat_template", "an_unknown_key", "training.seed"]
+)
 def test_a_recipe_with_a_secret_is_refused_and_not_repeated(
     place: Path, key: str, secret: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,7 +67,8 @@ def faults(tree: ast.AST) -> list[str]:
             said += [
                 f"{keyword.arg}="
                 for keyword in node.keywords
-                if keyword.arg in KEYWORDS and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                if keyword.arg in KEYWORDS
+                and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
             ]
             owner, _, method = called.rpartition(".")
             refuses = any(keyword.arg in ("trust_remote_code", None) for keyword in node.keywords)

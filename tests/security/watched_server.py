@@ -74,10 +74,11 @@ def import_everything() -> None:
     import trainkit.commands.fine_tune
     import trainkit.commands.inspect_data
     import trainkit.commands.pack_data
+    import trainkit.model.loading
     import trainkit.model.merging
-    import trainkit.training.report  # noqa: F401
+    import trainkit.training.report
 
-    with trainkit.model.merging.quiet_libraries():
+    with trainkit.model.loading.quiet_libraries():
         import peft  # noqa: F401
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     transformers.utils.logging.disable_progress_bar()

@@ -35,7 +35,9 @@ def test_the_commit_of_the_data(tmp_path: Path) -> None:
     file.write_text(pointer)
     subprocess.run([*git, "commit", "-qam", "as Git LFS keeps it"], check=True)
     file.write_text("large")
-    assert git_commit(file) == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (
+        git_commit(file) == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    )
     file.write_text("Large")
     assert str(git_commit(file)).endswith("-dirty")
     (tmp_path / "other.jsonl").write_text("")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainkit.data.template_reading import only_places_texts
+from trainkit.data.template_trial import check_on_trial
 from trainkit.errors import ModelError, UsageError
 from trainkit.run_folder import expanded
 
@@ -57,11 +58,26 @@ class ChatTemplate:
         self.name = name
         self._special_tokens = dict(special_tokens)
         self._watch = _Watch()
+        check_on_trial(self._on_trial, name)
         try:
             self._compiled, self.only_places_texts = _compile(text, self._watch)
         except jinja2.TemplateError as error:
             line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ModelError(f"{name}{line}: the chat template is not valid Jinja: {_first_line(error)}") from error
+
+    def _on_trial(self) -> None:
+        """Compile, which computes constants already, and render without and with what not every conversation has."""
+        from trainkit.data.conversations import Message
+
+        self._compiled, _ = _compile(self.text, self._watch)
+        plain = [Message("user", "Hello"), Message("assistant", "Hello yourself")]
+        tool = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {}}}
+        for messages, tools in ((plain, None), ([Message("system", "Be kind."), *plain], [tool])):
+            try:
+                self.render(messages, tools)
+            except TemplateProblem as error:
+                if isinstance(error.__cause__, MemoryError):
+                    raise
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, generation_prompt: bool = False

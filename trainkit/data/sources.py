@@ -168,8 +168,8 @@ def _folder_files(source: Source, folder: Path) -> tuple[_File, ...]:
     outside = [entry.name for entry in files if leads_out(entry, folder)]
     if outside:
         raise DataError(
-            f"{source.path}: {listed(outside, 5)} in this folder links to a file outside of it, and is not followed; name "
-            "the file itself as a source if it is meant to be read"
+            f"{source.path}: {listed(outside, 5)} in this folder links to a file outside of it, and is not followed; "
+            "name the file itself as a source if it is meant to be read"
         )
     return tuple(_File(file, f"{source.path.rstrip('/')}/{file.name}") for file in files)
 

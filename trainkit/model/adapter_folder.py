@@ -69,7 +69,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    """peft's own default of every field, as JSON gives it back."""
+    """Peft's own default of every field, as JSON gives it back."""
     with quiet_libraries():
         from peft import LoraConfig
 

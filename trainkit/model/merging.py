@@ -102,8 +102,8 @@ class MergeReport:
 def merge_adapter(run: Path, output: Path | None = None) -> MergeReport:
     """Merge the adapter of the run folder ``run`` into its base model and write a plain model to ``output``.
 
-    Raises UsageError when there is nothing to merge, ``output`` exists or recipe.yaml is damaged, ModelError when base or adapter are damaged
-    or when a check fails: nothing is written then.
+    Raises UsageError when there is nothing to merge, ``output`` exists or recipe.yaml is damaged, ModelError when base
+    or adapter are damaged or when a check fails: nothing is written then.
     """
     folder = RunFolder(run)
     output = run / "merged" if output is None else output
