@@ -54,10 +54,8 @@ class Watched:
                 if flags & os.O_NOFOLLOW and Path(arguments[0]).is_symlink():
                     continue  # told before it was refused
                 found.append((os.path.realpath(arguments[0]), bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))))
-        for line in self.trace:
-            if match := OPENED.search(line):
-                found.append((match["path"], bool(FLAGS.search(line)) or "creat(" in line))
-        return found
+        traced = [(match["path"], line) for line in self.trace if (match := OPENED.search(line))]
+        return found + [(path, bool(FLAGS.search(line)) or "creat(" in line) for path, line in traced]
 
     def changed(self, folder: Path) -> list[str]:
         """Every path that was made, renamed or removed; ``folder`` is where the command was started."""
@@ -154,9 +152,24 @@ class WatchedCommands:
             if end in text:
                 self._read_bytes += content.rindex(b"\n") + 1
                 inside = text.partition(f'"/case-begins-{name}"')[2].partition(end)[0]
-                return inside.splitlines()[1:]
+                return _whole_calls(inside.splitlines()[1:])
             time.sleep(0.02)
         raise AssertionError("the tracer lost a case")
+
+
+def _whole_calls(lines: list[str]) -> list[str]:
+    """The tracer's lines, where a call that another thread's interrupted is put together again."""
+    begun: dict[str, str] = {}
+    whole = []
+    for line in lines:
+        thread, _, call = line.partition(" ")
+        if call.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        elif " resumed>" in call and call.lstrip().startswith("<..."):
+            whole.append(begun.pop(thread, "") + call.partition(" resumed>")[2])
+        else:
+            whole.append(line)
+    return whole
 
 
 def _line(stream: IO[str]) -> str:

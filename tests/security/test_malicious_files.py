@@ -91,7 +91,7 @@ def write_safetensors(path: Path, header: Any, data: bytes, *, length: int | Non
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
-# --- models -------------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 @case(MODEL, says="only safetensors weights are read")
@@ -407,7 +407,7 @@ def a_configuration_that_is_a_pipe(room: Any) -> None:
     os.mkfifo(room.model / "config.json")
 
 
-# --- tokenizers ---------------------------------------------------------------------------------------------------------
+# --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
 @case(MODEL, OK)
@@ -548,7 +548,7 @@ def chat_templates_of_odd_names(room: Any) -> None:
     room.edit_json("tokenizer_config.json", chat_template=templates)
 
 
-# --- chat templates -----------------------------------------------------------------------------------------------------
+# --- chat templates --------------------------------------------------------------------------------------------------
 
 DOUBLING = "{% set ns = namespace(x=[1]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
 REACHING_OUT = {
@@ -573,8 +573,8 @@ REACHING_OUT = {
 WITHOUT_END = {
     "thirty_million_characters": "{% for i in range(100000) %}{% for j in range(300) %}x{% endfor %}{% endfor %}",
     "a_recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-    "a_text_that_doubles": "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "a_list_that_doubles": "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a_text_that_doubles": DOUBLING.replace("[1]", "'xx'").replace("[ns.x, ns.x]", "ns.x ~ ns.x"),
+    "a_list_that_doubles": DOUBLING.replace("[ns.x, ns.x]", "ns.x + ns.x"),
     "a_wide_format": "{{ '%2000000000d' % 1 }}",
     "a_wide_filter": "{{ 'x'|center(2000000000) }}",
     "a_wide_method": "{{ 'x'.ljust(2000000000) }}",
@@ -605,7 +605,7 @@ for kind, texts in (("reaching", REACHING_OUT), ("without", WITHOUT_END), ("neve
     CASES += [template_case(kind, name, text) for name, text in texts.items()]
 
 
-# --- recipes ------------------------------------------------------------------------------------------------------------
+# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def recipe_text(room: Any, before: str = "", after: str = "") -> None:
@@ -728,7 +728,7 @@ def an_override_that_runs(room: Any) -> list[str]:
     ]
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 @case(DATA, says="link")
@@ -845,7 +845,7 @@ def a_repository_around_the_data_whose_settings_run_programs(room: Any) -> None:
     os.utime(room.data)
 
 
-# --- the cache of packed data --------------------------------------------------------------------------------------------
+# --- the cache of packed data ----------------------------------------------------------------------------------------
 
 
 def pack(room: Any) -> None:
@@ -878,7 +878,7 @@ def a_cache_that_lists_files_outside(room: Any) -> None:
         manifest.write_text(json.dumps(content))
 
 
-# --- runs, checkpoints and results ----------------------------------------------------------------------------------------
+# --- runs, checkpoints and results -----------------------------------------------------------------------------------
 
 
 EXPORT = ["export", "run", "--merge"]

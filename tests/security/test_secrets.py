@@ -201,10 +201,7 @@ def test_a_crash_report_holds_none_of_them(
 
     def fails(*_: object) -> str:
         everything = [*OF_ENVIRONMENT.values(), *SHAPED]  # a local variable, which no report shows
-        try:
-            raise ValueError(" ".join(everything))
-        except ValueError as error:
-            raise RuntimeError(f"for {everything}") from error
+        raise RuntimeError(f"for {everything}") from ValueError(" ".join(everything))
 
     monkeypatch.setattr("trainkit.commands.show.show", fails)
     assert run(["show", "recipe.yaml", "--debug"]) == 1

@@ -36,7 +36,8 @@ def test_the_commit_of_the_data(tmp_path: Path) -> None:
     subprocess.run([*git, "commit", "-qam", "as Git LFS keeps it"], check=True)
     file.write_text("large")
     assert (
-        git_commit(file) == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        git_commit(file)
+        == subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     )
     file.write_text("Large")
     assert str(git_commit(file)).endswith("-dirty")

@@ -1,6 +1,7 @@
 """Access tokens and passwords: how they are recognised, so that they are never copied and never said.
 
-A recipe is written into the run folder, the report and the model card, and errors are pasted into questions to others. So a recipe and a command line that hold a secret are refused, and what is said of errors has secrets taken out. The
+A recipe is written into the run folder, the report and the model card, and errors are pasted into questions to others.
+So a recipe and a command line that hold a secret are refused, and what is said of errors has secrets taken out. The
 shapes are those that the services document; a secret without a shape is known where it is the value of an environment
 variable whose name says so.
 """
