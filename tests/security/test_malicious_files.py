@@ -873,7 +873,7 @@ def a_cache_that_lists_files_outside(room: Any) -> None:
         content["files"]["../../../outside/secret.txt"] = content["files"][first] | {
             "bytes": room.secret.stat().st_size
         }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(content, sort_keys=True)
         content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         manifest.write_text(json.dumps(content))
 

@@ -342,6 +342,8 @@ def _read_manifest(folder: Path, kind: Kind) -> tuple[dict[str, Any], int]:
         if claimed != _checksum_of(manifest) or manifest["kind"] != kind:
             raise StoreUnusable(f"{folder}: {MANIFEST} has changed since it was written")
         for name, listed in manifest["files"].items():
+            if Path(name).name != name or (folder / name).is_symlink():
+                raise StoreUnusable(f"{folder}: {MANIFEST} names a file outside of it")
             if (folder / name).stat().st_size != listed["bytes"]:
                 raise StoreUnusable(f"{folder}: {name} has not the {listed['bytes']} bytes that were written")
     except OSError as error:

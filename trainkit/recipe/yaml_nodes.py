@@ -40,7 +40,7 @@ NUMBER_OF_1_1 = re.compile(
     r"[-+]?(0b[01_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)"
 )
 
-REFUSED_AS_SECRET = (
+NOT_FOR_A_RECIPE = (
     "holds what looks like an access token or a password; a recipe is copied into the run folder and the model card, "
     "so give it through the environment"
 )
@@ -245,7 +245,7 @@ class _Builder:
             if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
                 raise self.fail(event, "holds a character that no text may hold (NUL or half of a surrogate pair)", key)
             if holds_secret(event.value, self.secrets):
-                raise self.fail(event, REFUSED_AS_SECRET, key)
+                raise self.fail(event, NOT_FOR_A_RECIPE, key)
             return Scalar(self.place(event), value, event.value, quoted)
         if depth >= MAX_DEPTH:
             raise self.fail(event, f"nested deeper than {MAX_DEPTH} levels")
@@ -291,7 +291,7 @@ class _Builder:
         if event.value == "<<" and not event.style:
             raise self.fail(event, "merge keys (`<<`) are refused; use `extends:`, or write the keys out", key)
         if holds_secret(event.value, self.secrets):
-            raise self.fail(event, REFUSED_AS_SECRET, key)
+            raise self.fail(event, NOT_FOR_A_RECIPE, key)
         name: str = event.value
         return name
 
