@@ -447,7 +447,9 @@ def test_the_merged_folder_is_a_whole_model_with_its_card(
 
 def test_a_merge_of_a_qlora_run_says_that_the_base_differs(tiny_model_folder: Path, tmp_path: Path) -> None:
     run, _ = run_with(tiny_model_folder, tmp_path, Adapter(r=4))
-    recipe = "adapter: {type: qlora}\ndata: {train: x.jsonl}\ntraining: {steps: 1}\noutput_dir: run\n"
+    recipe = (
+        "model: {name: tiny}\nadapter: {type: qlora}\ndata: {train: x.jsonl}\ntraining: {steps: 1}\noutput_dir: run\n"
+    )
     (run / "recipe.yaml").write_text(recipe)
     assert any("trained on a 4-bit base" in sentence for sentence in merge_adapter(run).sentences())
 

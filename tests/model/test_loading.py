@@ -321,8 +321,11 @@ def test_a_flipped_bit_is_found_where_digests_are_recorded(folder: Path) -> None
 
 
 def test_a_flipped_bit_is_found_in_the_hubs_cache(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    blob = folder.parent / sha256(path)  # the cache names its files by their SHA-256 and links to them
+    snapshot = folder.parent / "cache" / "snapshots" / "main"
+    shutil.copytree(folder, snapshot)
+    folder, path = snapshot, snapshot / "model.safetensors"
+    blob = folder.parent.parent / "blobs" / sha256(path)  # the cache names its files by their SHA-256 and links to them
+    blob.parent.mkdir()
     path.rename(blob)
     path.symlink_to(blob)
     check(folder)

@@ -23,7 +23,14 @@ from trainkit.model.export import (
     write_model,
 )
 from trainkit.model.loading import load_model, quiet_libraries
-from trainkit.model.locating import SHIPPED_MODELS, SHIPPED_NAMES, ModelLocation, check_entries, locate_model
+from trainkit.model.locating import (
+    SHIPPED_MODELS,
+    SHIPPED_NAMES,
+    ModelLocation,
+    check_entries,
+    locate_model,
+    looks_like_path,
+)
 from trainkit.model.model_card import merged_card
 from trainkit.model.result_folder import check_free, new_folder
 from trainkit.recipe.reader import read_recipe
@@ -173,7 +180,7 @@ def _base_of(folder: RunFolder) -> ModelLocation:
     ):
         return locate_model(Model(name=path.name))  # the package moved since; the model in it is the same
     recipe = _recipe_of(folder)
-    if not path.is_dir() and (recipe is None or name != recipe.model.name):
+    if not path.is_dir() and not looks_like_path(name) and (recipe is None or name != recipe.model.name):
         raise ModelError(
             f"{folder.final / ADAPTER_CONFIG}: its base model {name} is no folder here, and the run's recipe.yaml does "
             "not name it; restore them"
