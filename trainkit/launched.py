@@ -34,12 +34,15 @@ class Launched:
         return self.rank == 0
 
 
+ALONE = Launched()
+
+
 def launched() -> Launched:
     """Read the launcher's environment. Raises UsageError for FSDP in its first version."""
     environment = os.environ
     processes = int(environment.get("WORLD_SIZE", "1"))
     if processes == 1:
-        return Launched()
+        return ALONE
     shards = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if shards and environment.get("FSDP_VERSION", "1") != "2":
         raise UsageError("fsdp_config.fsdp_version: 1 is not supported; set it to 2 in the launch file")

@@ -86,6 +86,11 @@ class RunFolder:
         return self.root / "report.html"
 
     @property
+    def logs(self) -> Path:
+        """What processes but the first one print, a file each."""
+        return self.root / "logs"
+
+    @property
     def crash(self) -> Path:
         """The traceback of a bug."""
         return self.root / "crash.txt"

@@ -1026,7 +1026,7 @@ def a_log_that_is_a_link_out(room: Any) -> None:
     shutil.rmtree(run / "final")
 
 
-@case(OK, CHECKPOINT)
+@case(MACHINE)
 def a_lock_that_is_a_link_out(room: Any) -> None:
     run = room.trained()
     (run / "run.lock").unlink()
@@ -1053,20 +1053,10 @@ def a_record_of_wrong_types(room: Any) -> None:
 
 
 SECRET = "bait-4f1d-not-for-anyone"
-HOLES_OF_RESUMING = {
-    "a_state_that_is_a_list",
-    "a_record_of_wrong_types",
-    "a_manifest_that_climbs_out",
-    "a_checkpoint_file_that_is_a_link_out",
-    "a_lock_that_is_a_link_out",
-    "checkpoints_that_lie_outside",
-}
 
 
 def as_parameter(one: Case) -> Any:
-    open_still = pytest.mark.xfail(strict=True, reason="what a run folder holds is believed when it is continued")
-    marks = [open_still] * (one.name in HOLES_OF_RESUMING) + [pytest.mark.long] * one.long
-    return pytest.param(one, id=one.name, marks=marks)
+    return pytest.param(one, id=one.name, marks=[pytest.mark.long] * one.long)
 
 
 @pytest.mark.parametrize("one", [as_parameter(one) for one in CASES])

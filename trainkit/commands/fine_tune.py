@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from signal import Signals
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, NoReturn
-
-from accelerate import Accelerator
 
 from trainkit.console import Console, TrainingView
 from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
-from trainkit.errors import CheckpointError, DataError, DivergedError, MachineError, Stopped, UsageError
+from trainkit.errors import CheckpointError, DataError, DivergedError, MachineError, Stopped
+from trainkit.launched import Launched, launched, send_output_to
 from trainkit.memory.fit import advice_after_failure, fit
 from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result, verify_tokenizer
@@ -25,14 +27,21 @@ from trainkit.model.precision import plan_precision
 from trainkit.model.result_folder import check_free
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
-from trainkit.training.assembly import Base, assemble, base_fingerprint, read_base
+from trainkit.training.assembly import Base, assemble, base_fingerprint, check_sharding, read_base, whole_model
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, step_of
 from trainkit.training.environment import describe_environment
 from trainkit.training.evaluation import Answer, answer_prompts, check_last_update, evaluate_loss, stop_ids
 from trainkit.training.interruption import Interruption
 from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, remarks, train
-from trainkit.training.metrics import MetricsLog, Trackers, check_trackers, open_trackers, read_metrics
+from trainkit.training.metrics import MetricsLog, NoLog, Trackers, check_trackers, open_trackers, read_metrics
 from trainkit.training.plan import learning_rate_at, make_plan
+from trainkit.training.processes import (
+    any_of,
+    device_of_this_process,
+    from_first,
+    make_accelerator,
+    prepares_alone,
+)
 from trainkit.training.report import write_report
 from trainkit.training.retention import Retention
 from trainkit.training.run_record import (
@@ -52,8 +61,6 @@ from trainkit.training.saving import Saver, check_space
 from trainkit.training.step import HalfUpdatedError, StopRequested
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from trainkit.recipe.reader import ReadRecipe
@@ -62,74 +69,139 @@ if TYPE_CHECKING:
 
 def fine_tune(read: ReadRecipe, *, fresh: bool, json_output: bool) -> None:
     """Run the recipe, continue it, or say that it is finished; the error tree lists what may be raised."""
-    with (
-        Console(json_only=json_output) as console,
-        Interruption(lambda signal: console.at_once(_heard(signal))) as interruption,
-    ):
+    here = launched()
+    with ExitStack() as stack:
+        nowhere = None if here.speaks else stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        console = stack.enter_context(Console(json_only=json_output, stdout=nowhere, stderr=nowhere))
+        interruption = stack.enter_context(Interruption(lambda signal: console.at_once(_heard(signal))))
         try:
-            console.result(_run(read, fresh=fresh, console=console, interruption=interruption))
+            console.result(_run(read, here, fresh=fresh, console=console, interruption=interruption))
         except KeyboardInterrupt:
             raise _stopped(interruption, "before training began or went on", "nothing is lost") from None
+        except (RuntimeError, OSError) as error:
+            if here.processes == 1 or not _is_of_a_lost_process(error):
+                raise
+            raise Stopped(
+                "another process of this run is gone or does not answer, so this one stopped too; the same command "
+                "continues from the newest checkpoint",
+                by_keyboard=False,
+            ) from error
 
 
-def _run(read: ReadRecipe, *, fresh: bool, console: Console, interruption: Interruption) -> dict[str, Any]:
+def _run(
+    read: ReadRecipe, here: Launched, *, fresh: bool, console: Console, interruption: Interruption
+) -> dict[str, Any]:
     recipe = read.recipe
     folder = check_output(recipe.output_dir)
     check_extras(recipe)
     check_trackers(recipe.tracking)
-    accelerator = Accelerator(mixed_precision="no")  # places, wraps and reduces; precision and accumulation are ours
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            f"{accelerator.num_processes} processes were launched: trainkit trains in one so far; launch one process"
-        )
-    precision = plan_precision(recipe.precision, accelerator.device)
+    device = device_of_this_process()
+    precision = plan_precision(recipe.precision, device)
+    if here.shards:
+        check_sharding(recipe)
     base = read_base(recipe)
     encoder = Encoder(base.tokenizer, recipe.data, recipe.packing)
-    data = prepare(recipe, encoder, default_cache(), console.progress)
+    with prepares_alone(default_cache()):
+        data = prepare(recipe, encoder, default_cache(), console.progress)
     _show_facts(console, [*base.facts, *(("data", sentence) for sentence in data.sentences)])
     data.train.ledger.check()
     console.show("\n".join(data.train.ledger.lines()))
 
     with ExitStack() as stack:
-        stack.enter_context(locked(folder))
-        earlier = None if fresh else _earlier_run(folder, recipe, base, data)
-        if earlier is not None and earlier.is_finished and folder.final.is_dir() and folder.summary.is_file():
+        earlier, start = None, Start()
+        if here.speaks:
+            stack.enter_context(locked(folder))
+            earlier = None if fresh else _earlier_run(folder, recipe, base, data)
+            start = _start(recipe, folder, earlier, base, device, here, console, fresh=fresh)
+        accelerator = make_accelerator()
+        start = Start(**from_first(accelerator, asdict(start)))
+        if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
             return dict(json.loads(folder.summary.read_bytes()))
-        checkpoint = None if earlier is None else _checkpoint_to_continue(folder, earlier, console)
-        if not fresh:
-            check_free(folder.final, replace=True)
-        fitted = fit(recipe, base.location.folder, accelerator.device)
-        _show_facts(console, [("memory", sentence) for sentence in fitted.sentences])
-        micro_batch_size = earlier.micro_batch_size(recipe) if earlier is not None else None
-        micro_batch_size = micro_batch_size or fitted.micro_batch_size
-        trainer, facts = assemble(recipe, base, data.train, precision, micro_batch_size, accelerator)
+        trainer, facts = assemble(recipe, base, data.train, precision, start.micro_batch_size, accelerator)
         _show_facts(console, facts)
-        check_space(
-            folder.checkpoints,
-            None if earlier is None or fresh else earlier.record.run_id,
-            trainer.trained_weights(),
-            optimizer=recipe.training.optimizer,
-            checkpoints=_checkpoints_at_a_time(recipe, trainer, data),
-        )
-        if fresh and folder.marker.exists():
-            _show_facts(console, [("run", f"the earlier one was put aside: {put_aside(folder)}")])
-            stack.enter_context(locked(folder))  # the first lock has moved with it
-        if earlier is None:
-            record = begin_run(
-                folder,
-                recipe,
-                data_key=data.key,
-                base_model=base_fingerprint(base.location),
-                micro_batch_size=micro_batch_size,
+        checkpoint = None if start.checkpoint is None else Path(start.checkpoint)
+        record = None
+        if here.speaks:
+            check_space(
+                folder.checkpoints,
+                None if earlier is None else earlier.record.run_id,
+                trainer.trained_weights(),
+                optimizer=recipe.training.optimizer,
+                checkpoints=_checkpoints_at_a_time(recipe, trainer, data),
             )
-        else:
-            record = _continued(folder, earlier, recipe, trainer, checkpoint, console)
-        _write_circumstances(folder, recipe, data, trainer)
-        memory = Memory(accelerator.device, fitted.predicted_bytes)
-        saver = Saver(folder.checkpoints, record.run_id)
+            if fresh and folder.marker.exists():
+                _show_facts(console, [("run", f"the earlier one was put aside: {put_aside(folder)}")])
+                stack.enter_context(locked(folder))  # the first lock has moved with it
+            if earlier is None:
+                record = begin_run(
+                    folder,
+                    recipe,
+                    data_key=data.key,
+                    base_model=base_fingerprint(base.location),
+                    micro_batch_size=start.micro_batch_size,
+                )
+            else:
+                record = _continued(folder, earlier, recipe, trainer, checkpoint, console)
+            _write_circumstances(folder, recipe, data, trainer)
+        record = RunRecord(**from_first(accelerator, None if record is None else asdict(record)))
+        if not here.speaks:
+            send_output_to(folder.logs / f"rank-{here.rank}.log")
+        memory = Memory(device, start.predicted_bytes)
+        saver = Saver(
+            folder.checkpoints,
+            record.run_id,
+            partial(from_first, accelerator) if trainer.is_sharded else lambda value: value,
+        )
         run = Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory, saver)
         return run.to_the_end(checkpoint)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the first process decides for all: where to begin, and with how many rows; or that nothing is to be done."""
+
+    finished: bool = False
+    checkpoint: str | None = None
+    micro_batch_size: int = 0
+    predicted_bytes: int | None = None
+
+
+def _start(
+    recipe: Recipe,
+    folder: RunFolder,
+    earlier: EarlierRun | None,
+    base: Base,
+    device: torch.device,
+    here: Launched,
+    console: Console,
+    *,
+    fresh: bool,
+) -> Start:
+    """See :class:`Start`; nothing is changed, and whatever speaks against the run is raised."""
+    if earlier is not None and earlier.is_finished and folder.final.is_dir() and folder.summary.is_file():
+        return Start(finished=True)
+    checkpoint = None if earlier is None else _checkpoint_to_continue(folder, earlier, console)
+    if not fresh:
+        check_free(folder.final, replace=True)
+    fitted = fit(recipe, base.location.folder, device, here)
+    _show_facts(console, [("memory", sentence) for sentence in fitted.sentences])
+    of_the_run = None if earlier is None else earlier.micro_batch_size(recipe)
+    return Start(
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        micro_batch_size=of_the_run or fitted.micro_batch_size,
+        predicted_bytes=fitted.predicted_bytes,
+    )
+
+
+def _is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process did not take part in a collective."""
+    import torch.distributed
+
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))
 
 
 def _stopped(interruption: Interruption, when: str, state: str) -> Stopped:
@@ -301,6 +373,17 @@ class Run:
     memory: Memory
     saver: Saver
     save_pause_seconds: list[float] = field(default_factory=list)
+    metrics: MetricsLog | NoLog = field(default_factory=NoLog)
+    samples: MetricsLog | NoLog = field(default_factory=NoLog)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process records and writes what is written once."""
+        return bool(self.trainer.accelerator.is_main_process)
+
+    def _stop_requested(self) -> bool:
+        """Whether a signal came, in any process; all must ask."""
+        return any_of(self.trainer.accelerator, self.interruption.requested())
 
     def to_the_end(self, checkpoint: Path | None) -> dict[str, Any]:
         """Train what is left behind ``checkpoint``, save and verify the result, and return the summary."""
@@ -315,8 +398,9 @@ class Run:
 
     def _train_and_record(self, checkpoint: Path | None) -> None:
         with ExitStack() as stack:
-            self.metrics = stack.enter_context(MetricsLog(self.folder.metrics, self.console.warn))
-            self.samples = stack.enter_context(MetricsLog(self.folder.samples, self.console.warn))
+            if self.speaks:
+                self.metrics = stack.enter_context(MetricsLog(self.folder.metrics, self.console.warn))
+                self.samples = stack.enter_context(MetricsLog(self.folder.samples, self.console.warn))
             stack.enter_context(self.saver)
             self._continue_from(checkpoint)
             self.trackers = self._open_trackers()
@@ -346,7 +430,7 @@ class Run:
 
     def _open_trackers(self) -> Trackers:
         return open_trackers(
-            self.read.recipe.tracking,
+            self.read.recipe.tracking if self.speaks else (),
             self.folder,
             asdict(self.read.recipe),
             on_failure=self.console.warn,
@@ -359,7 +443,7 @@ class Run:
         steps = self.trainer.plan.steps
         with TrainingView(self.console) as view:
             self._evaluate_if_due(view)
-            for report in train(self.trainer, self.interruption.requested):
+            for report in train(self.trainer, self._stop_requested):
                 self.saver.check()
                 numbers = json_numbers(report) | self.memory.after_step()
                 if self.save_pause_seconds:
@@ -379,7 +463,7 @@ class Run:
                 self._save_if_due()
                 self.memory.before_step()
         self.saver.wait()
-        if self.interruption.requested():
+        if self._stop_requested():
             self._stop()
 
     def _evaluate_if_due(self, view: TrainingView) -> None:
@@ -392,9 +476,7 @@ class Run:
         if self.data.evaluation is None or not due or counters.evaluated_step == counters.step:
             return
         try:
-            result = evaluate_loss(
-                self.trainer, self.data.evaluation, self.interruption.requested, self.console.progress
-            )
+            result = evaluate_loss(self.trainer, self.data.evaluation, self._stop_requested, self.console.progress)
             answers = self._answer(compare=at_an_end)
         except StopRequested:
             self._stop()
@@ -428,7 +510,7 @@ class Run:
             prompts,
             stop_ids=stop_ids(self.base.tokenizer, [self.encoder.encode(parsed, place) for place, parsed in chosen]),
             max_new_tokens=wanted.max_new_tokens,
-            should_stop=self.interruption.requested,
+            should_stop=self._stop_requested,
             on_progress=self.console.progress,
         )
 
@@ -449,14 +531,15 @@ class Run:
         )
         keep = self.read.recipe.checkpoints
         retention = Retention(keep.keep_last, self.trainer.counters.best_step if keep.keep_best else None)
-        self.save_pause_seconds = [self.saver.save(state, retention)]
+        if self.speaks or state.share.processes > 1:
+            self.save_pause_seconds = [self.saver.save(state, retention)]
 
     def _stop(self) -> NoReturn:
         """Save what there is and end with the exit code of the signal."""
-        signal = self.interruption.received
-        assert signal is not None
+        signal = self.interruption.received or Signals.SIGTERM  # which another process received
         self._save()
         self.saver.wait()
+        self.trainer.accelerator.wait_for_everyone()
         counters = self.trainer.counters
         raise Stopped(
             f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in "
@@ -498,8 +581,12 @@ class Run:
         assert counters.step == trainer.plan.steps, f"{counters.step} of {trainer.plan.steps} steps were done"
         check_against_ledger(counters, trainer.plan, ledger)
         measured_bytes = self.memory.measured_bytes()
+        precision = trainer.precision
+        model = whole_model(self.read.recipe, self.base, precision, trainer)
+        if model is None:
+            return {}
         sentences = save_result(
-            trainer.model,
+            model,
             self.base.tokenizer,
             self.folder.final,
             location=self.base.location,
@@ -509,7 +596,7 @@ class Run:
             chat_template=self.encoder.chat_template,
         )
         row = trainer.rows.row(0)
-        sentences += verify_result(self.folder.final, trainer.model, row.ids_T[: int(row.segment_lengths[0])])
+        sentences += verify_result(self.folder.final, model, row.ids_T[: int(row.segment_lengths[0])])
         verify_tokenizer(self.folder.final, self.base.tokenizer, self.encoder.chat_template)
         summary: dict[str, Any] = {
             "output_dir": str(self.folder.root),

@@ -20,6 +20,7 @@ from trainkit.memory.four_bit import FourBitLinear, quantise
 from trainkit.model.adapters import attach_adapter, trained_share
 from trainkit.model.attention import AttentionChoice, choose_attention
 from trainkit.model.loading import quiet_libraries
+from trainkit.model.sharding import decoder_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,18 +113,6 @@ def fake_model(scenario: Scenario, *, full_depth: bool, period: int = 1) -> Fake
     _make_fake(model, mode)
     total, trained = _counts(model, layers, depth, period)
     return FakeModel(model, attention, mode, layers, depth, total, trained, period)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The longest list of modules, which holds the decoder's layers. Raises ModelError where there is none."""
-    lists = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not name.endswith("experts")
-    ]
-    if not lists:
-        raise ModelError(f"{type(model).__name__} keeps its layers in no list; its memory cannot be estimated")
-    return max(lists, key=len)
 
 
 def unit_of_tensors(model: FakeModel) -> dict[int, int]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainkit.errors import MachineError, ModelError
+from trainkit.launched import ALONE, Launched
 from trainkit.memory.advice import Question, changes_of_recipe, rows_for_auto
 from trainkit.memory.estimate import Estimate, estimate, quick_peak_bytes
 from trainkit.memory.machine import available_memory_bytes, process_memory_bytes
@@ -19,7 +20,7 @@ from trainkit.model.checking import read_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from trainkit.memory.scenario import Scenario
+    from trainkit.memory.scenario import Scenario, Shard
     from trainkit.recipe.schema import Recipe
 
 SMALLER = "take a smaller model, or a smaller packing.sequence_length"
@@ -40,14 +41,16 @@ class Fit:
     sentences: tuple[str, ...]
 
 
-def fit(recipe: Recipe, folder: Path, device: torch.device) -> Fit:
+def fit(recipe: Recipe, folder: Path, device: torch.device, here: Launched = ALONE) -> Fit:
     """Take the recipe's micro-batch or choose one, and predict the peak; reads config.json and no weight.
 
+    With several processes it is the peak of one of them; those of a CPU have the same share of its memory.
     Raises MachineError when the step cannot fit into what is free on ``device``, with the cheapest change that helps.
     """
-    scenario = scenario_of(recipe, read_config(folder), device=_described(device))
+    shard: Shard = "none" if here.processes == 1 else "fsdp2" if here.shards else "ddp"
+    scenario = scenario_of(recipe, read_config(folder), device=_described(device), gpus=here.processes, shard=shard)
     ask = Question(estimate, quick_peak_bytes)
-    capacity = _free(device, scenario.device)
+    capacity = _free(device, scenario.device, here)
     asked = recipe.training.micro_batch_size
     try:
         if asked == "auto":
@@ -76,9 +79,10 @@ def _described(device: torch.device) -> Device:
     return Device("cpu")
 
 
-def _free(device: torch.device, described: Device) -> Capacity:
+def _free(device: torch.device, described: Device, here: Launched = ALONE) -> Capacity:
     """What the step may take. A context that is there already is counted as free: the estimate counts it as taken."""
-    return Capacity(str(device), available_memory_bytes(device) + context_bytes(described))
+    sharing = here.local_processes if device.type == "cpu" else 1
+    return Capacity(str(device), available_memory_bytes(device) // sharing + context_bytes(described))
 
 
 def _chosen_rows(scenario: Scenario, capacity: Capacity, ask: Question) -> int:

@@ -7,9 +7,8 @@ processes that are not there.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trainkit.errors import MachineError
@@ -17,7 +16,7 @@ from trainkit.errors import MachineError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trainkit.model.precision import PrecisionPlan
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @contextmanager
@@ -35,21 +34,9 @@ def pretended_processes(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def shard_fully(
-    loss_model: torch.nn.Module, model: Any, layers: torch.nn.ModuleList, precision: PrecisionPlan, processes: int
-) -> None:
-    """FSDP2 over all processes: every layer and the embedding gather their weights when they run, the rest once.
-
-    Shards are stored as before, gathered in the compute type, and gradients are reduced in fp32.
-    """
+def pretended_mesh(processes: int) -> DeviceMesh:
+    """The mesh of the processes that are not there."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with _disable_current_modes():  # a mesh is made of real numbers
-        mesh = init_device_mesh("cpu", (processes,))
-    policy = MixedPrecisionPolicy(param_dtype=precision.compute, reduce_dtype=torch.float32)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    for module in (*layers, *(() if tied else (embedding,)), loss_model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        return init_device_mesh("cpu", (processes,))

@@ -22,11 +22,12 @@ from trainkit.memory.event_log import TRACED, Axis, EventLog, NotPeriodicError, 
 from trainkit.memory.fake_model import FakeModel, fake_model, period_of, unit_of_tensors
 from trainkit.memory.fake_optimizer import make_state, optimizer_of, state_tensors
 from trainkit.memory.scenario import AMPERE
-from trainkit.memory.sharding import pretended_processes, shard_fully
+from trainkit.memory.sharding import pretended_mesh, pretended_processes
 from trainkit.memory.tracker import Tracker
 from trainkit.model.adapters import attention_targets
 from trainkit.model.loss import CHUNK_TOKENS, HeadPath, LossModel
 from trainkit.model.precision import make_scaler, types_of
+from trainkit.model.sharding import shard_fully
 from trainkit.training.step import training_step
 
 if TYPE_CHECKING:
@@ -278,9 +279,9 @@ class Watcher:
 def _run(scenario: Scenario, model: FakeModel, chunk_tokens: int) -> _Run:
     precision = types_of(scenario.precision, "")
     head = HeadPath(apart=_head_is_apart(model.model), sentence="")
-    loss_model: torch.nn.Module = LossModel(model.model, model.attention, precision, head, chunk_tokens)
+    loss_model = LossModel(model.model, model.attention, precision, head, chunk_tokens)
     if scenario.shard == "fsdp2" and scenario.gpus > 1:
-        shard_fully(loss_model, model.model, model.layers, precision, scenario.gpus)
+        shard_fully(loss_model, precision, pretended_mesh(scenario.gpus))
     cpu = torch.device("cpu")
     return _Run(
         loss_model=loss_model,

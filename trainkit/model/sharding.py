@@ -76,6 +76,13 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that is shared out, or partial sums added up; every process must ask, and gets it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def rows_of_part(tensor: torch.Tensor) -> tuple[int, int]:
     """Which rows (first dimension) of the whole tensor lie here: the first, and the one behind the last.
 

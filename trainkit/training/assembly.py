@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
+from trainkit.data.preparation import default_cache
+from trainkit.errors import UsageError
+from trainkit.launched import launched
 from trainkit.model.adapters import attach_adapter, check_adapter
 from trainkit.model.attention import choose_attention
 from trainkit.model.checking import check_model, check_vocabulary, weight_files
 from trainkit.model.isolation import prove_isolation
 from trainkit.model.loading import load_model, load_tokenizer, tokenizer_sentences
 from trainkit.model.locating import ModelLocation, locate_model
-from trainkit.model.loss import LossModel
+from trainkit.model.loss import HeadPath, LossModel
 from trainkit.model.precision import PrecisionPlan, make_scaler
+from trainkit.model.sharding import give_back, shard_fully, whole
 from trainkit.training.loop import Counters, Trainer
 from trainkit.training.optimizer import make_optimizer
 from trainkit.training.plan import make_plan
+from trainkit.training.processes import prepares_alone
 from trainkit.training.random_state import seed_everything
 
 if TYPE_CHECKING:
@@ -70,19 +77,27 @@ def assemble(
     isolated on this model and device.
     """
     seed = recipe.training.seed
-    seed_everything(seed)
+    shards = launched().shards
     attention = choose_attention(recipe.model.attention, accelerator.device, base.config)
-    loaded = load_model(
-        base.location,
-        recipe.adapter,
-        precision.frozen_storage,
-        accelerator.device,
-        attention.implementation,
-        recipe.model.activation_checkpointing,
-    )
-    model, adapter_sentences = attach_adapter(loaded.model, recipe.adapter, seed)
-    loss_model = LossModel(model, attention, precision)
+    with prepares_alone(default_cache()) if shards else nullcontext():  # so that host memory holds one copy at a time
+        seed_everything(seed)
+        loaded = load_model(
+            base.location,
+            recipe.adapter,
+            precision.frozen_storage,
+            torch.device("cpu") if shards else accelerator.device,
+            attention.implementation,
+            recipe.model.activation_checkpointing,
+        )
+        model, adapter_sentences = attach_adapter(loaded.model, recipe.adapter, seed)
+        loss_model = LossModel(model, attention, precision, HeadPath(apart=False, sentence="") if shards else None)
+        if shards:
+            mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+            shard_fully(loss_model, precision, mesh)
+    if shards:
+        loss_model.find_head()
     isolation = _isolation(recipe, base, loss_model)
+    give_back(loss_model)
     plan = make_plan(
         recipe.training,
         rows=len(rows),
@@ -93,7 +108,7 @@ def assemble(
     trainer = Trainer(
         plan=plan,
         optimizer=make_optimizer(loss_model, recipe.training),
-        loss_model=accelerator.prepare_model(loss_model),
+        loss_model=loss_model if shards else accelerator.prepare_model(loss_model),
         scaler=make_scaler(precision, accelerator.device),
         accelerator=accelerator,
         precision=precision,
@@ -105,13 +120,47 @@ def assemble(
         not_finite=recipe.training.not_finite,
         counters=Counters(),
     )
-    seed_everything(seed)  # how the parts were made must not show in the run
+    seed_everything(seed, accelerator.process_index)  # how the parts were made must not show in the run
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()  # blocks that loading left behind fit no tensor of a step
     facts = [("model", sentence) for sentence in (*loaded.sentences, *adapter_sentences)]
     facts += [("attention", attention.reason), ("precision", precision.sentence())]
     facts += [("loss", sentence) for sentence in loss_model.sentences]
     return trainer, [*facts, ("isolation", isolation), ("plan", plan.sentence())]
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raise UsageError for what cannot be shared out over processes (FSDP2)."""
+    if recipe.adapter is not None and recipe.adapter.type == "qlora":
+        raise UsageError("adapter.type: qlora: a base in 4 bit cannot be shared out by FSDP2; use lora, or DDP")
+    if recipe.training.optimizer not in {"adamw", "sgd"}:
+        raise UsageError(
+            f"training.optimizer: {recipe.training.optimizer} cannot be shared out by FSDP2; use adamw or sgd, or DDP"
+        )
+
+
+def whole_model(recipe: Recipe, base: Base, precision: PrecisionPlan, trainer: Trainer) -> Any:
+    """The trained model in one piece, as it is saved; None in a process that does not save it.
+
+    Where the weights are shared out, all processes give theirs, one weight after another, and the first one loads the
+    base anew into host memory and puts the trained weights into it.
+    """
+    first = trainer.accelerator.is_main_process
+    if not trainer.is_sharded:
+        return trainer.model if first else None
+    trained = {}
+    for name, weight in trainer.trained_weights().items():
+        complete = whole(weight.detach())
+        if first:
+            trained[name.removeprefix("model.")] = complete.cpu()
+    if not first:
+        return None
+    loaded = load_model(base.location, recipe.adapter, precision.frozen_storage, torch.device("cpu"))
+    model, _ = attach_adapter(loaded.model, recipe.adapter, recipe.training.seed)
+    parameters = dict(model.named_parameters())
+    for name, value in trained.items():
+        parameters[name].data.copy_(value)
+    return model
 
 
 def _isolation(recipe: Recipe, base: Base, loss_model: LossModel) -> str:

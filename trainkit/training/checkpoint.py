@@ -168,6 +168,13 @@ class TensorFiles(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
 
+    def rows(self, name: str) -> int | None:
+        """The first dimension of a whole tensor; None where it has none."""
+        if name in self._rows:
+            return self._rows[name]
+        shape = self._pieces[name][0][1].get_slice(name).get_shape()
+        return int(shape[0]) if shape else None
+
     def read(self, name: str, first: int = 0, behind: int | None = None) -> torch.Tensor:
         """Rows ``first`` to ``behind`` (all of them: None) of a tensor, as a copy of its own.
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.data.batches import make_batch
+from trainkit.data.batches import empty_batch, make_batch
 from trainkit.errors import DivergedError
 from trainkit.model.loading import quiet_libraries
 from trainkit.model.precision import autocast
+from trainkit.training.processes import sums
 from trainkit.training.step import StopRequested, batch_on
 
 if TYPE_CHECKING:
@@ -66,16 +67,16 @@ def evaluate_loss(
     trainer.loss_model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     own = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    for start in range(0, len(own), size):
+    most = -(-len(rows) // accelerator.num_processes)
+    for start in range(0, most, size):
         if should_stop():
             raise StopRequested
         chosen = [rows.row(row) for row in own[start : start + size]]
-        batch = make_batch(chosen, trainer.packing, trainer.pad_id)
+        batch = make_batch(chosen, trainer.packing, trainer.pad_id) if chosen else empty_batch(trainer.pad_id)
         loss_sum, count = trainer.loss_model(*batch_on(accelerator.device, batch))
         total += torch.stack([loss_sum.double(), count.double()]).cpu()
-        on_progress("evaluating rows", min(start + size, len(own)), len(own))
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(total.to(accelerator.device), reduction="sum").cpu()
+        on_progress("evaluating rows", min(start + size, most), most)
+    total = torch.tensor(sums(accelerator, total.tolist()), dtype=torch.float64)
     loss = float(total[0] / total[1])
     if not math.isfinite(loss):
         raise DivergedError(
@@ -153,7 +154,7 @@ def _generate(
         mask[row, longest - len(prompt.ids) :] = 1
     device = trainer.accelerator.device
     with autocast(trainer.precision, device), quiet_libraries():
-        generated = trainer.model.generate(
+        generated = trainer.accelerator.unwrap_model(trainer.loss_model).generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,

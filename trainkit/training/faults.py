@@ -76,13 +76,15 @@ def find_fault(trainer: Trainer, rows: Sequence[int], before: RandomState, error
     Every process looks at all rows of the step, so that all come to the same answer without talking.
     """
     what = str(error)
-    weight = first_not_finite(trainer.trained_weights())
+    weight = first_not_finite(trainer.local_weights())
     if weight is not None or error.quantity == "learning rate":
         return Fault(error.quantity, what, (), tuple(rows), "", weight)
     found = []
     for row in rows:
         restore_random_state(before)
-        loss, grad_norm = _alone(trainer, row, error.result.trained_tokens, backward=error.quantity != "loss")
+        # Where weights are shared out, gradients of a single row cannot be had beside those of the step.
+        backward = error.quantity != "loss" and not trainer.is_sharded
+        loss, grad_norm = _alone(trainer, row, error.result.trained_tokens, backward=backward)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             found.append(row)
     return Fault(error.quantity, what, tuple(found), tuple(rows), describe_rows(trainer.rows, found or rows))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
-from trainkit.data.batches import epoch_order, make_batch
+from trainkit.data.batches import attention_work, empty_batch, epoch_order, make_batch, share_out
 from trainkit.errors import CheckpointError, DataError, DivergedError
-from trainkit.training.checkpoint import TrainingState
+from trainkit.model.sharding import give_back, is_shard, local_part, part_like, rows_of_part
+from trainkit.training.checkpoint import Share, TrainingState
 from trainkit.training.faults import Fault, check_may_skip, describe_rows, find_fault, first_not_finite
 from trainkit.training.movement import UPDATES, Movement
 from trainkit.training.plan import Plan, learning_rate_at, position_of
-from trainkit.training.random_state import capture_random_state, restore_random_state
+from trainkit.training.processes import gathered, sums
+from trainkit.training.random_state import RandomState, capture_random_state, restore_random_state, seed_everything
 from trainkit.training.spikes import WINDOW, spike_score
 from trainkit.training.step import NotFiniteError, StepResult, StopRequested, batch_on, training_step
 
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
     from trainkit.model.precision import PrecisionPlan
     from trainkit.recipe.schema import Packing
     from trainkit.training.checkpoint import SavedState
-    from trainkit.training.random_state import RandomState
 
 
 @dataclass
@@ -132,10 +136,20 @@ class Trainer:
         """The language model itself, adapter included, without the wrappers of loss and device."""
         return self.accelerator.unwrap_model(self.loss_model).model
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are shared out over the processes (FSDP2)."""
+        return any(is_shard(weight) for weight in self.trained_weights().values())
+
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        """The weights that train, by their name in the unwrapped model."""
+        """The weights that train, by their name in the unwrapped model; shards, where they are shared out."""
         model = self.accelerator.unwrap_model(self.loss_model)
+        give_back(model)
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def local_weights(self) -> dict[str, torch.Tensor]:
+        """What of the weights that train lies in this process."""
+        return {name: local_part(weight) for name, weight in self.trained_weights().items()}
 
     def state(self, log_bytes: Mapping[str, int]) -> TrainingState:
         """Everything a checkpoint needs, as it stands between two steps.
@@ -145,12 +159,14 @@ class Trainer:
         weights = {name: weight.detach() for name, weight in self.trained_weights().items()}
         optimizer = self.optimizer.state_dict()
         moments = {
-            f"{name} of weight {index} in the optimizer": value
+            f"{index}.{name}": value
             for index, entry in optimizer["state"].items()
             for name, value in entry.items()
             if isinstance(value, torch.Tensor)
         }
-        spoiled = first_not_finite(weights | moments)
+        local = {name: local_part(weight) for name, weight in weights.items()}
+        named = {f"{name} in the optimizer's state": local_part(value) for name, value in moments.items()}
+        spoiled = first_not_finite(local | named)
         if spoiled is not None:
             raise DivergedError(
                 f"after step {self.counters.step}: `{spoiled}` is not finite, so this state was not saved; "
@@ -158,13 +174,34 @@ class Trainer:
             )
         return TrainingState(
             step=self.counters.step,
-            weights=weights,
-            optimizer=optimizer,
+            weights=local,
+            optimizer={
+                **optimizer,
+                "state": {
+                    index: {
+                        name: local_part(value) if isinstance(value, torch.Tensor) else value
+                        for name, value in entry.items()
+                    }
+                    for index, entry in optimizer["state"].items()
+                },
+            },
             scaler=None if self.scaler is None else self.scaler.state_dict(),
-            random=(capture_random_state(),),
+            random=tuple(
+                RandomState.from_bytes(own) for own in gathered(self.accelerator, capture_random_state().to_bytes())
+            ),
             counters=asdict(self.counters),
             log_bytes=log_bytes,
+            share=self._share(weights, moments),
         )
+
+    def _share(self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> Share:
+        def rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+            cut = {name: tensor for name, tensor in tensors.items() if is_shard(tensor)}
+            return {name: (rows_of_part(tensor)[0], tensor.shape[0]) for name, tensor in cut.items()}
+
+        if not rows(weights):
+            return Share()
+        return Share(self.accelerator.process_index, self.accelerator.num_processes, rows(weights), rows(moments))
 
     def restore(self, state: SavedState) -> None:
         """Continue from ``state``. Raises CheckpointError when its weights are not those that train here."""
@@ -175,14 +212,37 @@ class Trainer:
                 f"the checkpoint of step {state.step} trains other weights (first of {len(differing)}: "
                 f"{differing[0]}); give the recipe that it was made with, or --fresh"
             )
-        for name, weight in weights.items():
-            weight.data.copy_(state.weights[name])
-        self.optimizer.load_state_dict(state.optimizer_state())
+        try:
+            for name, weight in weights.items():
+                saved = state.weights.read(name, *rows_of_part(weight)) if is_shard(weight) else state.weights[name]
+                local_part(weight.data).copy_(saved)
+            self.optimizer.load_state_dict(state.optimizer_state(self._moment_reader(state)))
+        except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {state.step} does not fit this run: {str(error).splitlines()[0][:120]}; "
+                "--fresh begins anew"
+            ) from error
         if self.scaler is not None and state.scaler is not None:
             self.scaler.load_state_dict(dict(state.scaler))
         known = {field.name for field in fields(Counters)}
         self.counters = Counters(**{name: value for name, value in state.counters.items() if name in known})
-        restore_random_state(state.random[0])
+        rank = self.accelerator.process_index
+        if rank < len(state.random):
+            restore_random_state(state.random[rank])
+        else:  # it was saved by fewer processes
+            seed_everything(self.seed + state.step, rank)
+
+    def _moment_reader(self, state: SavedState) -> Callable[[str], torch.Tensor]:
+        """How a tensor of the optimizer is read: with the rows of its weight, where that is shared out."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+        def read(key: str) -> torch.Tensor:
+            weight = parameters[int(key.partition(".")[0])]
+            if not is_shard(weight) or state.optimizer.rows(key) != weight.shape[0]:
+                return state.optimizer[key]
+            return part_like(state.optimizer.read(key, *rows_of_part(weight)), weight)
+
+        return read
 
 
 def rows_of_step(plan: Plan, seed: int, step: int) -> list[int]:
@@ -196,13 +256,22 @@ def rows_of_step(plan: Plan, seed: int, step: int) -> list[int]:
 
 
 def micro_batches(trainer: Trainer, rows: Sequence[int]) -> list[Batch]:
-    """The share of ``rows`` that this process has, as micro-batches."""
-    own = rows[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
-    size = trainer.plan.micro_batch_size
-    return [
-        make_batch([trainer.rows.row(row) for row in own[start : start + size]], trainer.packing, trainer.pad_id)
+    """The share of ``rows`` that this process has, as micro-batches; as many in every process.
+
+    Rows are shared out so that all have about the same attention to compute.
+    """
+    size, processes = trainer.plan.micro_batch_size, trainer.accelerator.num_processes
+    read = [trainer.rows.row(row) for row in rows]
+    own = list(range(len(rows)))
+    if processes > 1:
+        work = [attention_work(row, trainer.packing.isolate_documents) for row in read]
+        own = share_out(work, processes)[trainer.accelerator.process_index]
+    batches = [
+        make_batch([read[index] for index in own[start : start + size]], trainer.packing, trainer.pad_id)
         for start in range(0, len(own), size)
     ]
+    most = ceil(ceil(len(rows) / processes) / size)
+    return batches + [empty_batch(trainer.pad_id)] * (most - len(batches))
 
 
 def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
@@ -214,7 +283,7 @@ def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepRep
     not or cannot be left out, and when the first updates changed nothing.
     """
     counters, plan = trainer.counters, trainer.plan
-    movement = Movement(trainer.trained_weights())
+    movement = Movement(trainer.local_weights(), partial(sums, trainer.accelerator))
     while counters.step < plan.steps and not should_stop():
         rows = rows_of_step(plan, trainer.seed, counters.step)
         done = _step(trainer, rows, should_stop)

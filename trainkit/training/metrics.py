@@ -32,6 +32,22 @@ FINISH_SECONDS = 60.0  # that a tracker has to send the rest at the end
 MOST_WAITING = 10_000  # steps and evaluations whose numbers wait for a tracker that does not take them
 
 
+class NoLog:
+    """Stands for a :class:`MetricsLog` in a process that records nothing."""
+
+    length_bytes = 0
+
+    def append(self, _record: Mapping[str, Any]) -> bool:
+        """Record nothing, which succeeds."""
+        return True
+
+    def truncate_to(self, _length_bytes: int) -> None:
+        """Forget nothing."""
+
+    def sync(self) -> None:
+        """There is nothing to be kept."""
+
+
 class MetricsLog:
     """A file of one JSON object a line, for metrics.jsonl and samples.jsonl.
 

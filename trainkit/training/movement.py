@@ -9,7 +9,7 @@ import torch
 from trainkit.errors import DivergedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 UPDATES = (
     5  # after which every weight that gets gradients has moved; an adapter's first factor moves from the second on
@@ -39,7 +39,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 def sample(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of at most :data:`SAMPLED` elements, evenly spaced over the tensor."""
     flat = tensor.detach().reshape(-1)
-    return flat[:: -(-flat.numel() // SAMPLED)].clone()
+    return flat[:: max(1, -(-flat.numel() // SAMPLED))].clone()
 
 
 class Movement:
@@ -48,10 +48,15 @@ class Movement:
     Which tensors changed is told by their fingerprints, so that a change of a single element counts. Whether training
     moves anything to speak of is told by a sample of the elements: where fp32 rounds an update away, weights that are
     exactly zero (the embedding of padding) still follow it.
+
+    ``weights`` are what this process holds of them; ``add_up`` sums numbers over all processes, which look together.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, weights: Mapping[str, torch.Tensor], add_up: Callable[[Sequence[float]], list[float]] = list
+    ) -> None:
         self._weights = weights
+        self._add_up = add_up
         self._before = {name: fingerprint(weight) for name, weight in weights.items()}
         self._sampled = {name: sample(weight) for name, weight in weights.items()}
         self._updates = 0
@@ -77,8 +82,9 @@ class Movement:
         adapter's second factors, without which it is no adapter.
         """
         self._judged = True
-        same = [self._before[name].eq(fingerprint(weight)) for name, weight in self._weights.items()]
-        unmoved = [name for name, is_same in zip(self._weights, torch.stack(same).tolist(), strict=True) if is_same]
+        moved = [self._before[name].ne(fingerprint(weight)) for name, weight in self._weights.items()]
+        counts = self._add_up(torch.stack(moved).tolist())
+        unmoved = [name for name, count in zip(self._weights, counts, strict=True) if not count]
         after = f"{self._updates} update{'s' * (self._updates > 1)}"
         if not self._any_gradient:
             raise DivergedError(
@@ -98,4 +104,5 @@ class Movement:
     def _share_moved(self) -> float:
         """The share of the sampled elements that changed."""
         moved = torch.stack([(self._sampled[name] != sample(one)).sum() for name, one in self._weights.items()])
-        return int(moved.sum()) / sum(one.numel() for one in self._sampled.values())
+        count, of = self._add_up([int(moved.sum()), sum(one.numel() for one in self._sampled.values())])
+        return count / of

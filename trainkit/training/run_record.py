@@ -12,13 +12,13 @@ import json
 import os
 import secrets
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from trainkit.errors import CheckpointError, MachineError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
-from trainkit.run_folder import RunFolder, fsync_folder, write_atomically, write_json
+from trainkit.run_folder import RunFolder, fsync_folder, leads_out, write_atomically, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +69,9 @@ def check_output(output_dir: str) -> RunFolder:
         taken = root.is_dir() and not all(_is_of_a_beginning(path, folder) for path in root.iterdir())
     except OSError as error:
         raise MachineError(f"output_dir: {output_dir} cannot be used: {error.strerror}") from error
+    for entry in (folder.checkpoints, folder.final, folder.metrics, folder.samples):
+        if leads_out(entry, folder.root):
+            raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
     if taken and not folder.marker.is_file():
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
     return folder
@@ -88,9 +91,11 @@ def locked(folder: RunFolder) -> Iterator[None]:
     made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
-        file = folder.lock.open("a")
+        # Not through a link: it could make a file anywhere.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(folder.lock, flags, 0o666), "a")
     except OSError as error:
-        raise MachineError(f"output_dir: {folder.root} cannot be written: {error.strerror}") from error
+        raise MachineError(f"output_dir: {folder.lock} cannot be written: {error.strerror}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,9 +141,13 @@ def read_record(folder: RunFolder) -> RunRecord | None:
         content = json.loads(folder.marker.read_bytes())
         if content["format"] != FORMAT:
             raise CheckpointError(f"{folder.marker}: format {content['format']}, this trainkit reads {FORMAT}")
-        return RunRecord(**content)
+        record = RunRecord(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.marker}: damaged ({type(error).__name__}); --fresh begins anew") from error
+    wrong = [field.name for field in fields(record) if type(getattr(record, field.name)).__name__ != field.type]
+    if wrong:
+        raise CheckpointError(f"{folder.marker}: damaged ({wrong[0]}); --fresh begins anew")
+    return record
 
 
 def has_begun(folder: RunFolder) -> bool:

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from trainkit.errors import DataError, DivergedError
+from trainkit.model.sharding import whole
 from trainkit.training.optimizer import set_learning_rate
+from trainkit.training.processes import sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from accelerate import Accelerator
 
@@ -92,6 +96,7 @@ def training_step(
 ) -> StepResult:
     """Forward, backward and update over the micro-batches of one step.
 
+    Every process has the same number of micro-batches, and all return the same.
     ``describe_rows`` names the documents of the step and is called only when something went wrong. Before the update
     it raises NotFiniteError when the learning rate, the loss or the gradient is not finite, DivergedError when fp16
     overflows at every loss scale, DataError when the step has no trained token, and StopRequested when ``should_stop``
@@ -99,7 +104,8 @@ def training_step(
     itself failed.
     """
     started = time.perf_counter()
-    trained_tokens, tokens = _counts_over_all_processes(run.accelerator, micro_batches)
+    counts = [sum(batch.trained_tokens for batch in micro_batches), sum(batch.tokens for batch in micro_batches)]
+    trained_tokens, tokens = (int(count) for count in sums(run.accelerator, counts))
     if trained_tokens == 0:
         raise DataError(f"no trained token in a whole step (rows: {describe_rows()}); nothing would be learned from it")
 
@@ -141,15 +147,6 @@ def batch_on(
     )
 
 
-def _counts_over_all_processes(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[int, int]:
-    counts = torch.tensor(
-        [sum(batch.trained_tokens for batch in micro_batches), sum(batch.tokens for batch in micro_batches)],
-        device=accelerator.device,
-    )
-    trained_tokens, tokens = accelerator.reduce(counts, reduction="sum").tolist()
-    return trained_tokens, tokens
-
-
 def _accumulate(
     run: Stepper, micro_batches: Sequence[Batch], trained_tokens: int, should_stop: Callable[[], bool]
 ) -> float:
@@ -158,16 +155,22 @@ def _accumulate(
     total = torch.zeros((), dtype=torch.float64)
     # DistributedDataParallel averages gradients over processes; a sum is wanted.
     share = run.accelerator.num_processes / trained_tokens
-    for batch in micro_batches:
+    for left, batch in zip(range(len(micro_batches) - 1, -1, -1), micro_batches, strict=True):
         if should_stop():
             raise StopRequested
-        loss_sum, _ = run.loss_model(*batch_on(device, batch))
-        loss = loss_sum * share
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        with _gradients_kept_here(run) if left else nullcontext():
+            loss_sum, _ = run.loss_model(*batch_on(device, batch))
+            loss = loss_sum * share
+            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss_sum.detach().double().cpu()
-    if run.accelerator.num_processes > 1:
-        total = run.accelerator.reduce(total.to(device), reduction="sum")
-    return float(total) / trained_tokens
+    return sums(run.accelerator, [float(total)])[0] / trained_tokens
+
+
+def _gradients_kept_here(run: Stepper) -> AbstractContextManager[Any]:
+    """With whole models in several processes, add gradients up here: they are exchanged once, in the last backward."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return run.loss_model.no_sync() if isinstance(run.loss_model, DistributedDataParallel) else nullcontext()
 
 
 def _clip(run: Stepper) -> float:
@@ -176,7 +179,7 @@ def _clip(run: Stepper) -> float:
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     limit = math.inf if run.max_grad_norm is None else run.max_grad_norm
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
 
 
 def _update(run: Stepper, describe_rows: Callable[[], str]) -> None:
