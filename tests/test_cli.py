@@ -81,7 +81,7 @@ def test_no_new_commands_or_options() -> None:
     assert sorted(option for parameter in group.params for option in parameter.opts) == ["--debug", "--version"]
     assert tuple(surface) == COMMANDS
     assert surface == {
-        "fine-tune": ["--fresh", "--json", "--set", "recipe"],
+        "fine-tune": ["--fresh", "--json", "--launch", "--set", "recipe"],
         "inspect-data": ["--examples", "--json", "--set", "recipe"],
         "pack-data": [
             *("--chat-template", "--data", "--force", "--format", "--json", "--output", "--plot"),
