@@ -22,7 +22,7 @@ import typer
 
 from trainkit import __version__
 from trainkit.console import Console
-from trainkit.errors import Stopped, TrainkitError, UsageError
+from trainkit.errors import DataError, RecipeErrors, Stopped, TrainkitError, UsageError
 from trainkit.launched import is_first_to_fail, launched, terminal
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
@@ -461,7 +461,8 @@ def _failed(error: Exception, session: Session) -> int:
     """Say what went wrong; what comes back is the exit code."""
     if isinstance(error, TrainkitError):
         code = EXIT_CTRL_C if isinstance(error, Stopped) and error.by_keyboard else error.exit_code
-        return _say(error, str(error).split("\n"), code, session)
+        lines = error.lines if isinstance(error, RecipeErrors) else [str(error).replace("\n", "\\n")]
+        return _say(error, lines, code, session, below=error.example if isinstance(error, DataError) else ())
     if hasattr(error, "format_message"):
         # an error of typer's (of click's, in its older versions): they share no public class
         return _say(error, [_usage_message(error)], EXIT_USAGE, session)
@@ -477,7 +478,7 @@ def _failed(error: Exception, session: Session) -> int:
     return _bug(error, session)
 
 
-def _say(error: BaseException, lines: list[str], code: int, session: Session) -> int:
+def _say(error: BaseException, lines: Sequence[str], code: int, session: Session, below: Sequence[str] = ()) -> int:
     if not is_first_to_fail(code):
         return code
     console = Console(stderr=terminal())
@@ -486,6 +487,8 @@ def _say(error: BaseException, lines: list[str], code: int, session: Session) ->
             console.note(line)
     for line in lines:
         console.error(without_secrets(line))
+    for line in below:
+        console.note(without_secrets(line))
     return code
 
 

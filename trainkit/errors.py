@@ -17,7 +17,10 @@ A message names the place first (``file:line``, recipe key, example), then what 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class TrainkitError(Exception):
@@ -41,9 +44,16 @@ class RecipeErrors(UsageError):  # noqa: N818 - it holds several
 
 
 class DataError(TrainkitError):
-    """A data source, an example or a mask is not what training needs."""
+    """A data source, an example or a mask is not what training needs.
+
+    ``example`` holds lines to be shown below the message: one example, token by token.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, example: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.example = tuple(example)
 
 
 class ModelError(TrainkitError):

@@ -140,7 +140,11 @@ def test_named_format_needs_no_guess() -> None:
         ({"messages": ASKED}, {"format": "sharegpt"}, "sharegpt has from and value, and these messages have role"),
         ("plain", {"columns": {"text": "x"}}, "`columns:` has no meaning here"),
         ({"text": ""}, {"columns": {"text": "txt"}}, 'no column "txt"; there are text; did you mean "text"?'),
-        ({"a": ""}, {"columns": {"promt": "a"}}, "no format has the columns promt"),
+        (
+            {"a": ""},
+            {"columns": {"promt": "a"}},
+            "`columns:` names promt, which no format has; its keys are our names, as prompt; did you mean",
+        ),
         (
             {"a": "", "prompt": ""},
             {"columns": {"complete": "a"}, "format": "prompt-completion"},
@@ -307,7 +311,7 @@ def test_message_that_is_refused(turn: object, text: str) -> None:
         ({"messages": ASKED, "tools": [{}]}, "a tool needs at least a `name`"),
         ({"messages": ASKED, "system": 5}, "`system` must be text, not a number"),
         ({"messages": ASKED, "images": ["a.png"]}, "has `images`; only text can be trained"),
-        ({"text": "t"}, 'no column "messages", only text; the first examples have messages'),
+        ({"text": "t"}, 'no column "messages", only text; the first examples have it'),
         ({}, "only an empty object"),
         (ASKED, "a list, but the first examples were of another kind: x.jsonl: messages (column"),
         ("text", "a string, but the first examples were of another kind"),
@@ -442,7 +446,7 @@ def test_whitespace_is_not_empty() -> None:
     [
         ({"text": "t"}, {"text": 5}, "`text` must be text, not a number (5)"),
         ({"text": "t"}, {"text": {"a": 1}}, "`text` must be text, not an object"),
-        ({"text": "t"}, {"txt": "t"}, 'no column "text", only txt; the first examples have text'),
+        ({"text": "t"}, {"txt": "t"}, 'no column "text", only txt; the first examples have it'),
         ({"prompt": "p", "response": "r"}, {"prompt": "p"}, 'no column "response", only prompt'),
         ({"prompt": "p", "response": "r"}, {"prompt": None, "response": "r"}, "`prompt` must be text, not null"),
         ({"prompt": "p", "response": "r"}, {"prompt": ASKED, "response": "r"}, "must both be text, or both lists"),

@@ -2,10 +2,15 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainkit.data.ledger import Ledger, SourceShare
+
+SUMMED = ["read", "repeated", "trained", "masked", "truncated", "separators", "overlap", "padding", "rows", "documents"]
 
 BALANCED = Ledger(
     sequence_length=16,
@@ -36,10 +41,7 @@ def test_a_balanced_ledger_passes_and_counts_its_targets() -> None:
     assert BALANCED.examples_kept == 5
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["read", "repeated", "trained", "masked", "truncated", "separators", "overlap", "padding", "rows", "documents"],
-)
+@pytest.mark.parametrize("name", SUMMED)
 @pytest.mark.parametrize("change", [-1, 1])
 def test_one_token_too_many_or_too_few_is_noticed(name: str, change: int) -> None:
     with pytest.raises(AssertionError, match="ledger does not balance"):
@@ -59,6 +61,43 @@ def test_a_dropped_token_or_example_that_is_not_counted_is_noticed() -> None:
 def test_a_count_that_cannot_be_is_noticed(impossible: dict[str, int]) -> None:
     with pytest.raises(AssertionError):
         replace(BALANCED, **impossible).check()  # type: ignore[arg-type]
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> Ledger:
+    """Any counts whose sums come out."""
+    count = st.integers(0, 10**6)
+    reasons = st.dictionaries(st.sampled_from(["no trained token", "too long", "empty text"]), count)
+    here: dict[str, Any] = {name: draw(count) for name in ("trained", "masked", "separators", "overlap", "padding")}
+    truncated, repeated, dropped, examples_dropped = draw(count), draw(count), draw(reasons), draw(reasons)
+    documents = draw(count)
+    away = truncated + sum(dropped.values())
+    return Ledger(
+        **here,
+        sequence_length=1,
+        rows=sum(here.values()),
+        pieces=draw(count),
+        documents=documents,
+        read=here["trained"] + here["masked"] + away,
+        repeated=repeated,
+        truncated=truncated + repeated,  # what is read twice is left out twice
+        dropped=dropped,
+        separators_trained=draw(st.integers(0, here["separators"])),
+        overlap_trained=draw(st.integers(0, here["overlap"])),
+        examples_read=documents + sum(examples_dropped.values()),
+        examples_dropped=examples_dropped,
+    )
+
+
+@given(ledger=ledgers(), name=st.sampled_from(SUMMED), change=st.integers(-5, 5).filter(bool))
+def test_any_balanced_ledger_passes_and_any_count_that_is_off_is_noticed(
+    ledger: Ledger, name: str, change: int
+) -> None:
+    ledger.check()
+    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+    assert 0 <= ledger.fill <= 1
+    with pytest.raises(AssertionError):
+        replace(ledger, **{name: getattr(ledger, name) + change}).check()
 
 
 def test_json_gives_the_same_ledger_back() -> None:

@@ -301,7 +301,7 @@ def test_parquet_text_that_is_no_text(write: Any) -> None:
     pq.write_table(pa.table({"text": bad}), "a.parquet")
     assert "no intact parquet file" in refusal("a.parquet")
     pq.write_table(pa.table({"text": ["a", "b\0"]}), "b.parquet")
-    assert refusal("b.parquet") == "b.parquet: row 2: a NUL character in the text"
+    assert refusal("b.parquet") == "b.parquet: row 2: a NUL character in the text; remove it"
 
 
 def test_gzip_that_is_cut_off_or_none(write: Any) -> None:
@@ -368,7 +368,7 @@ def test_keys_of_the_hub_are_not_ignored_for_a_file(write: Any, key: str) -> Non
 
 
 def test_special_file() -> None:
-    assert refusal("/dev/null") == "/dev/null is neither a file nor a folder"
+    assert refusal("/dev/null") == "/dev/null is neither a file nor a folder; write what it gives into a file"
 
 
 # --- the hub -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from trainkit.data.packed_store import PackedRows
 from trainkit.data.sealed_folder import verify
 
 Said = pytest.CaptureFixture[str]
-LONGEST_LINE = 250
+LONGEST_LINE = 200
 TEXTS = ["the quick brown fox", "jumps over", "the lazy dog and what is it then"]
 
 
@@ -130,7 +130,12 @@ TOKENIZER = [
     Case("no such folder", 4, r"^--tokenizer: no such folder: tik/", good_but(tokenizer="tik/")),
     Case("a file", 4, r"^--tokenizer: thesis\.tex is a file; give the folder", good_but(tokenizer="thesis.tex")),
     Case("a folder without tokenizer", 4, r"^taken: no tokenizer: copy tokenizer\.json", good_but(tokenizer="taken")),
-    Case("a broken tokenizer", 4, r"^tok: its tokenizer cannot be", break_it=write("tok/tokenizer.json", "{")),
+    Case(
+        "a broken tokenizer",
+        4,
+        r"^tok/tokenizer\.json:1: not valid JSON .*; restore the file$",
+        break_it=write("tok/tokenizer.json", "{"),
+    ),
     Case("no hub", 4, r"^--tokenizer: owner/name .*give a local folder$", good_but(tokenizer="owner/name")),
     Case(
         "a separator that is no token",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,13 +10,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from trainkit.errors import UsageError
 from trainkit.model.adapters import attach_adapter, check_adapter, trained_share, trained_tensor_names
+from trainkit.model.checking import empty_model
 from trainkit.model.loading import load_model
-from trainkit.model.locating import locate_model
+from trainkit.model.locating import ModelLocation, locate_model
 from trainkit.recipe.schema import Adapter, Model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -144,15 +144,17 @@ def test_a_name_or_number_that_does_not_fit(options: dict[str, Any], says: str) 
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError) as before_weights:
-        check_adapter(llama().config, Adapter(**({"r": 4} | options)))
+        check_adapter(llama(), Adapter(**({"r": 4} | options)))
     assert str(before_weights.value) == str(caught.value)
 
 
 def test_what_fits_is_passed_without_weights_and_without_a_trace() -> None:
     config = llama(tied=True).config
+    location = ModelLocation("llama", Path("llama"))
     before, state = config.to_dict(), torch.get_rng_state()
-    check_adapter(config, Adapter(r=4, modules_to_save=("embed_tokens",)))
-    check_adapter(config, None)
+    model = empty_model(location, config)
+    check_adapter(model, Adapter(r=4, modules_to_save=("embed_tokens",)))
+    check_adapter(model, None)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
 

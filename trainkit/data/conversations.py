@@ -34,6 +34,7 @@ __all__ = [
     "Conversation",
     "Dropped",
     "Message",
+    "MissingColumn",
     "ParsedExample",
     "PlainText",
     "PromptCompletion",
@@ -70,6 +71,14 @@ _WEIGHT_KEYS = ("loss_weight", "weight", "train")
 _SAID = {"tool_calls", "reasoning_content"}  # what an assistant message without content may consist of
 _SAYS_ALL = frozenset({"role", "content", "from", "value"})  # of most messages these are the only keys
 _OTHER_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
+class MissingColumn(DataError):  # noqa: N818 - a kind of DataError
+    """An example has no ``column``, which the first examples of its source have."""
+
+    def __init__(self, message: str, *, column: str = "") -> None:
+        super().__init__(message)
+        self.column = column
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +174,10 @@ def _fields(place: str, record: dict[str, Any], recognised: Recognised) -> dict[
     fields = {}
     for ours, theirs in recognised.columns.items():
         if ours in required and theirs not in record:
-            first = listed([recognised.columns[name] for name in required])
-            raise DataError(
-                f"{place}: no column {shown(theirs)}, only {listed(list(record)) or 'an empty object'}; "
-                f"the first examples have {first}, and so must all of a source"
+            raise MissingColumn(
+                f"{place}: no column {shown(theirs)}, only {listed(list(record), 5) or 'an empty object'}; the first "
+                "examples have it, and so must all of a source",
+                column=theirs,
             )
         if ours in required or record.get(theirs) is not None:
             fields[ours] = record[theirs]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainkit.data.conversations import Conversation, Dropped, PromptCompletion, parse
+from trainkit.data.conversations import Conversation, Dropped, MissingColumn, PromptCompletion, parse
 from trainkit.data.formats import recognise
 from trainkit.data.packed_store import DocumentBatch
 from trainkit.data.sources import examples_in, read_blocks, read_source
@@ -37,6 +38,7 @@ COMPARED_FIRST = 32
 COMPARED_IN_A_BLOCK = 1
 """How many examples of the first block, and of every other, are encoded both fast and by the reference."""
 NO_TOKENS = "no tokens"
+LINES_NAMED = 3
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
 
 
@@ -78,10 +80,26 @@ def encoded_blocks(source: Source, number: int, recognised: Recognised, bulk: Bu
         return _encoded_block(block, number, recognised, bulk, COMPARED_IN_A_BLOCK if index else COMPARED_FIRST)
 
     before = 0
-    for block in in_order(encode, enumerate(read_blocks(source)), usable_cores()):
-        documents = replace(block.documents, examples_N=block.documents.examples_N + before)
-        before += block.examples_read
-        yield replace(block, documents=documents)
+    try:
+        for block in in_order(encode, enumerate(read_blocks(source)), usable_cores()):
+            documents = replace(block.documents, examples_N=block.documents.examples_N + before)
+            before += block.examples_read
+            yield replace(block, documents=documents)
+    except MissingColumn as error:
+        raise DataError(f"{error}; {_without(error.column, source)}") from error
+
+
+def _without(column: str, source: Source) -> str:
+    """How many examples of a source have no such column. Reads it again, as far as it can be read."""
+    read, places = 0, []
+    with suppress(DataError):
+        for example in read_source(source):
+            read += 1
+            if isinstance(example.record, dict) and column not in example.record:
+                places.append(example.place)
+    numbers = ", ".join(place.rpartition(":")[2].strip() for place in places[:LINES_NAMED])
+    more = ", …" if len(places) > LINES_NAMED else ""
+    return f"{len(places):,} of {read:,} lack it: {numbers}{more}"
 
 
 def canonical_json(value: object) -> bytes:

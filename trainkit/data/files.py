@@ -310,7 +310,11 @@ def _csv_records(file: IO[bytes], name: str, delimiter: str | None) -> Iterator[
         try:
             row = next(reader, None)
         except csv.Error as error:
-            what = "a quote is opened and never closed" if "unexpected end" in str(error) else f"broken csv: {error}"
+            what = (
+                "a quote is opened and never closed; close it"
+                if "unexpected end" in str(error)
+                else f"broken csv: {error}"
+            )
             raise DataError(f"{place}: {what}") from error
         if row is None:
             return

@@ -150,8 +150,8 @@ def _guess(source: Source, records: list[dict[str, Any]], available: list[str]) 
     known = [found for rank in _RANKS for found in rank if set(source.columns) <= set(_names(found))]
     if not known:
         raise DataError(
-            f"{source.path}: no format has the columns {listed(list(source.columns))} (keys of `columns:`); "
-            + "; ".join(f"{found}: {listed(_names(found))}" for found in SHAPES)
+            f"{source.path}: `columns:` names {listed(list(source.columns), 3)}, which no format has; its keys are our "
+            f"names, as prompt{_meant(source)}"
         )
     for rank in _RANKS:
         fits = {
@@ -174,6 +174,12 @@ def _guess(source: Source, records: list[dict[str, Any]], available: list[str]) 
         f"{source.path}: no format fits the columns {listed(available)}; name them, as in "
         "`format: prompt-completion` with `columns: {prompt: ..., completion: ...}`" + _header_hint(source)
     )
+
+
+def _meant(source: Source) -> str:
+    """The column of some format that a key of ``columns:`` is likely to mean."""
+    names = list(dict.fromkeys(name for found in SHAPES for name in _names(found)))
+    return next((hint for ours in source.columns if (hint := did_you_mean(ours, names)) and ours not in names), "")
 
 
 def _candidates(source: Source, ours: str, names: Sequence[str], available: list[str]) -> list[str]:

@@ -61,16 +61,17 @@ class MaskGate:
         if self._untrained is not None and not self._trained_tokens:
             raise DataError(
                 f"{self._untrained.place}: 0 of {self._tokens:,} tokens in {self._documents:,} examples are trained; "
-                "check data.train_on, the roles and the loss weights of the messages\n" + self._shown(self._untrained)
+                "check data.train_on, the roles and the loss weights of the messages",
+                example=self._shown(self._untrained),
             )
         if self._open is not None and not self._ended_turns:
             raise DataError(
                 f"{self._open.place}: the end of {self._turns:,} trained turns is not trained, so that the model would "
-                "never stop; set packing.separator: eos, or a data.chat_template that ends its turns\n"
-                + self._shown(self._open)
+                "never stop; set packing.separator: eos, or a data.chat_template that ends its turns",
+                example=self._shown(self._open),
             )
 
-    def _shown(self, sample: _Sample) -> str:
+    def _shown(self, sample: _Sample) -> list[str]:
         """The last tokens of an example, one a line: position, id, text; a star marks what is trained."""
         ids, trained = sample.ids, sample.trained
         first = max(0, ids.size - TOKENS_SHOWN)
@@ -79,4 +80,4 @@ class MaskGate:
             f"  {'*' if trained[position] else ' '} {position:>6} {int(ids[position]):>7}  {text!r}"
             for position, text in enumerate(texts, first)
         ]
-        return "\n".join([f"  trained (*), position, id, text of its last {ids.size - first} tokens:", *lines])
+        return [f"  trained (*), position, id, text of its last {ids.size - first} tokens:", *lines]

@@ -137,7 +137,7 @@ def _single_file(source: Source, path: Path) -> _File:
         key = "split" if source.name is None else "name"
         raise DataError(f"{source.path}: `{key}:` is for a hub data set, and this is a file; leave it out")
     if not path.is_file():
-        raise DataError(f"{source.path} is neither a file nor a folder")
+        raise DataError(f"{source.path} is neither a file nor a folder; write what it gives into a file")
     if kind_of(path) is None:
         raise DataError(f"{source.path}: unknown file type; known are {', '.join(KINDS)} (text types also with .gz)")
     return _File(path, source.path)

@@ -41,7 +41,7 @@ def _no_constant(constant: str) -> Any:
 def _finite(literal: str) -> float:
     value = float(literal)
     if not math.isfinite(value):
-        raise _RefusedJsonError(f"the number {shown(literal, 20)} is too large")
+        raise _RefusedJsonError(f"the number {shown(literal, 20)} is too large; write it as text")
     return value
 
 
@@ -62,11 +62,11 @@ def _raw_decode(text: str, start: int) -> tuple[Any, int]:
     try:
         return _DECODER.raw_decode(text, start)
     except RecursionError as error:
-        raise _RefusedJsonError("nested too deeply") from error
+        raise _RefusedJsonError("nested too deeply; mend it, or remove it") from error
     except (json.JSONDecodeError, _RefusedJsonError):
         raise
     except ValueError as error:  # Python's limit on the digits of an integer
-        raise _RefusedJsonError("a number with thousands of digits") from error
+        raise _RefusedJsonError("a number with thousands of digits; write it as text") from error
 
 
 def _end_of_whitespace(text: str, start: int) -> int:
@@ -82,11 +82,13 @@ def fault_in_strings(value: object) -> str | None:
         part = pending.pop()
         if isinstance(part, str):
             if "\0" in part:
-                return "a NUL character in the text"
+                return "a NUL character in the text; remove it"
             try:
                 part.encode()
             except UnicodeEncodeError as error:
-                return f"a lone surrogate (\\u{ord(part[error.start]):04x}) in the text, which is no character"
+                return (
+                    f"a lone surrogate (\\u{ord(part[error.start]):04x}) in the text, which is no character; remove it"
+                )
         elif isinstance(part, dict):
             pending.extend(part.keys())
             pending.extend(part.values())
@@ -111,11 +113,15 @@ def checked_record(value: Any, place: str, *, escapes: bool) -> object:
 
 def broken(error: json.JSONDecodeError, place: str) -> DataError:
     """The message for JSON that does not parse: what, where in the line, and the text around it."""
-    line_start = error.doc.rfind("\n", 0, error.pos) + 1
-    column = error.pos - line_start + 1
+    at = min(error.pos, len(error.doc.rstrip()))  # not behind the end of the line
+    line_start = error.doc.rfind("\n", 0, at) + 1
     what = error.msg.removesuffix(" at").removesuffix(" starting")
-    near = error.doc[max(line_start, error.pos - 20) : error.pos + 20].strip()
-    return DataError(f"{place}: broken JSON at column {column:,} near {shown(near)}: {what}")
+    if at < error.pos or at == len(error.doc.rstrip()):
+        what = "it ends too early"
+    near = error.doc[max(line_start, at - 20) : at + 20].strip()
+    return DataError(
+        f"{place}: broken JSON at column {at - line_start + 1:,} near {shown(near)}: {what}; mend it, or remove it"
+    )
 
 
 def json_records(text: str, name: str) -> Iterator[tuple[str, object]]:

@@ -7,7 +7,6 @@ refused.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections import Counter
@@ -17,14 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from trainkit.errors import ModelError, UsageError
+from trainkit.errors import UsageError
+from trainkit.model.checking import in_one_line, some_of
 from trainkit.model.loading import quiet_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from peft import LoraConfig, PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from trainkit.recipe.schema import Adapter
 
@@ -56,22 +56,13 @@ class TrainedShare:
         return f"{self.trained:,} of {self.total:,} parameters trained ({percent:.{digits}f} %)"
 
 
-def check_adapter(config: PretrainedConfig, adapter: Adapter | None) -> None:
-    """Raise UsageError for the names and ranks that :func:`attach_adapter` would refuse; no weight is needed for it.
+def check_adapter(model: PreTrainedModel, adapter: Adapter | None) -> None:
+    """Raise UsageError for the names and ranks that :func:`attach_adapter` would refuse.
 
-    Raises ModelError where no model can be made of ``config``.
+    No weight is looked at: ``model`` may be empty (:func:`trainkit.model.checking.empty_model`).
     """
-    if adapter is None:
-        return
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), quiet_libraries():
-        try:
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-        except Exception as error:  # whatever a model class makes of a config that does not fit
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise ModelError(f"config.json of {config.model_type}: no model can be built: {first}") from error
-    _lora_config(model, adapter)
+    if adapter is not None:
+        _lora_config(model, adapter)
 
 
 def attach_adapter(
@@ -95,7 +86,7 @@ def attach_adapter(
         try:
             adapted: PeftModel = get_peft_model(model, config)
         except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-            raise UsageError(f"adapter: peft refuses it: {str(error).strip().splitlines()[0][:160]}") from error
+            raise UsageError(f"adapter: peft refuses it: {in_one_line(error)}") from error
     if others := sorted(_adapted_names(adapted) ^ set(targets)):
         names = ", ".join(attention_targets(model))
         way_out = f"set adapter.target_modules: [{names}]" if names else "train another model, or every weight"
@@ -243,7 +234,7 @@ def _resolve(key: str, entries: Sequence[str], modules: Mapping[str, nn.Module])
             endings = sorted({_ending(name) for name in modules if not _ending(name).isdigit()})
             close = difflib.get_close_matches(entry, endings, n=1)
             hint = f"did you mean `{close[0]}`? " if close else ""
-            raise UsageError(f"{key}: `{entry}` matches no module; {hint}there are: {', '.join(endings)}")
+            raise UsageError(f"{key}: `{entry}` matches no module; {hint}there are: {some_of(endings, 8)}")
         found.update(dict.fromkeys(matching))
     return tuple(found)
 

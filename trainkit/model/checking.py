@@ -6,6 +6,7 @@ Layout of a safetensors file: 8 bytes little-endian length N, N bytes of JSON {n
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from trainkit.model.locating import ModelLocation
     from trainkit.recipe.schema import Packing
 
 CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 DIGESTS = "SHA256SUMS"  # in the format of sha256sum(1)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -105,7 +108,7 @@ def weight_files(folder: Path) -> list[Path]:
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     if shards:
         raise ModelError(
-            f"{folder}: holds {_some(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}; copy the index too"
+            f"{folder}: holds {some_of(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}; copy the index too"
         )
     raise ModelError(f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
 
@@ -165,7 +168,7 @@ def sha256(path: Path) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of ``config.json``, which names an architecture. Raises ModelError; loads no other library."""
     path = folder / CONFIG_FILE
-    values = _read_json(path, missing=f"no {CONFIG_FILE}; is this a model folder?")
+    values = read_json(path, missing=f"no {CONFIG_FILE}; is this a model folder?")
     if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path}: no `model_type`, so nothing says which architecture this is")
     _check_implementations(path, values)
@@ -213,12 +216,34 @@ def _check_config(location: ModelLocation) -> PretrainedConfig:
     from transformers import AutoConfig
 
     path = location.folder / CONFIG_FILE
-    check_architecture(path, read_config(location.folder))
+    values = read_config(location.folder)
+    check_architecture(path, values)
+    for key in SIZES:
+        if isinstance(size := values.get(key), int) and size < 1:
+            raise ModelError(f"{path}: `{key}` is {size}, and no model is that small; restore the file")
+    if (location.folder / GENERATION_CONFIG_FILE).is_file():
+        read_json(location.folder / GENERATION_CONFIG_FILE, missing="missing")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder), trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ModelError(f"{path}: {_first_line(error)}") from error
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+        raise ModelError(f"{path}: {in_one_line(cause or error)}; restore the file") from error
     return config
+
+
+def empty_model(location: ModelLocation, config: PretrainedConfig) -> PreTrainedModel:
+    """The model that ``config`` describes, with shapes and without a weight. Raises ModelError where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # whatever a model's own code says of sizes that do not go together
+        raise ModelError(
+            f"{location.folder / CONFIG_FILE}: it describes no model: {in_one_line(error)}; restore the file"
+        ) from error
+    return model
 
 
 def _check_causal(path: Path, values: Mapping[str, Any]) -> None:
@@ -238,14 +263,14 @@ def _check_files(location: ModelLocation, *, digests: bool = True) -> dict[str, 
     files = weight_files(folder)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise ModelError(f"{folder}: {len(missing)} of {len(files)} weight files are missing: {_some(missing)}")
+        raise ModelError(f"{folder}: {len(missing)} of {len(files)} weight files are missing: {some_of(missing)}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         header = read_header(file)
         if (folder / INDEX_FILE).is_file():
             listed = {name for name, shard in _weight_map(folder / INDEX_FILE).items() if shard == file.name}
             if absent := sorted(listed - header.keys()):
-                raise ModelError(f"{file}: {INDEX_FILE} says it holds {_some(absent)}, and it does not")
+                raise ModelError(f"{file}: {INDEX_FILE} says it holds {some_of(absent)}, and it does not")
         tensors.update(header)
     if not tensors:
         raise ModelError(f"{folder}: the weight files hold no tensor")
@@ -269,7 +294,7 @@ def _check_digests(folder: Path, files: Sequence[Path]) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index, missing="missing").get("weight_map")
+    weight_map = read_json(index, missing="missing").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no `weight_map`; copy or download it again")
     for shard in weight_map.values():
@@ -278,13 +303,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
+def read_json(path: Path, *, missing: str) -> dict[str, Any]:
+    """The object in a JSON file of a model folder; ``missing`` says what it means that there is none. ModelError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ModelError(f"{path.parent}: {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{path}: cannot be read: {in_one_line(error)}; restore the file") from error
     if text.encode().startswith(LFS_POINTER):
         raise ModelError(f"{path}: this is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     try:
@@ -318,11 +344,21 @@ def _main_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     return max(size_bytes, key=lambda dtype: size_bytes[dtype])
 
 
-def _some(names: Sequence[str]) -> str:
-    """The names in one line, all of them up to eight."""
-    shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+def some_of(names: Sequence[str], limit: int = 2) -> str:
+    """The names in one line, or the first ``limit`` of them and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def in_one_line(error: BaseException, limit: int = 120) -> str:
+    r"""What another library says over one line or many, cut to ``limit`` characters; its type where it says too little.
+
+    >>> in_one_line(ValueError("Validation error:\n    must be even"))
+    'Validation error: must be even'
+    >>> in_one_line(KeyError("gelu_"))
+    "KeyError: 'gelu_'"
+    """
+    text = " ".join(str(error).split()).rstrip(".")
+    if " " not in text:
+        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -17,6 +17,7 @@ import torch
 from trainkit.errors import DivergedError, ModelError
 from trainkit.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE
 from trainkit.model.adapters import trained_share
+from trainkit.model.checking import in_one_line
 from trainkit.model.loading import keep_packed_as_stored, quantisation, quiet_libraries, stored_dtype
 from trainkit.model.model_card import CardFacts, model_card
 from trainkit.model.result_folder import new_folder
@@ -135,7 +136,7 @@ def verify_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat_temp
         with quiet_libraries():
             anew = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # a damaged file fails in as many ways as tokenizers have parsers
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
     wanted = {
         "vocabulary": (tokenizer.get_vocab(), anew.get_vocab()),
         "special tokens": (tokenizer.special_tokens_map, anew.special_tokens_map),
@@ -235,11 +236,7 @@ def load_plainly(
             keep_packed_as_stored(base)
             return PeftModel.from_pretrained(base, str(folder))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{folder}: cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise ModelError(f"{folder}: cannot be loaded: {in_one_line(error)}") from error
 
 
 def logits_of(model: PeftModel | PreTrainedModel, ids_RT: torch.Tensor, compute: torch.dtype) -> torch.Tensor:

@@ -17,7 +17,16 @@ import torch
 from safetensors import SafetensorError
 
 from trainkit.errors import MachineError, ModelError
-from trainkit.model.checking import check_model, check_vocabulary, stored_dtype, stored_tensors, weight_files
+from trainkit.model.checking import (
+    check_model,
+    check_vocabulary,
+    in_one_line,
+    read_json,
+    some_of,
+    stored_dtype,
+    stored_tensors,
+    weight_files,
+)
 from trainkit.model.locating import ModelLocation, locate_model
 
 if TYPE_CHECKING:
@@ -43,6 +52,7 @@ __all__ = [
     "tokenizer_sentences",
 ]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SPARE_TOKEN = re.compile(
     r"pad|reserved|unused|extra_|finetune_right", re.IGNORECASE
 )  # how model makers name tokens without a use
@@ -117,8 +127,18 @@ def load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
             if _differs_from_file(tokenizer, location):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # tokenizers raises bare Exception for a broken file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {first}") from error
+        for name in TOKENIZER_FILES:  # what is no JSON is named with its line
+            if (folder / name).is_file():
+                read_json(folder / name, missing="missing")
+        if "custom code" in str(error):
+            raise ModelError(
+                f"{folder}: its tokenizer needs code from the model's own repository (trust_remote_code), which is "
+                "never run; give a model with a tokenizer.json"
+            ) from error
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded: {in_one_line(error, 80)}; copy tokenizer.json and "
+            "tokenizer_config.json of the model anew"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"{folder}: {type(tokenizer).__name__} gives no offsets; add a tokenizer.json "
@@ -188,9 +208,7 @@ def load_model(
                 raise MachineError(
                     f"{location.name}: the weights do not fit on {device}; take a smaller model, or adapter.type: qlora"
                 ) from error
-            raise ModelError(
-                f"{location.folder}: cannot be loaded: {str(error).strip().splitlines()[0][:160]}"
-            ) from error
+            raise ModelError(f"{location.folder}: cannot be loaded: {in_one_line(error)}") from error
     _check_every_weight(location, loading)
     if four_bit:
         keep_packed_as_stored(model)
@@ -280,7 +298,7 @@ def check_stored_weights_finite(location: ModelLocation) -> None:
 def _check_every_weight(location: ModelLocation, loading: dict[str, Any]) -> None:
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(
-            f"{location.folder}: {len(missing)} weights are in none of the files: {', '.join(missing[:5])}; "
+            f"{location.folder}: {len(missing)} weights are in none of the files: {some_of(missing, 1)}; "
             "they would start random: restore the files or their index"
         )
     if loading["mismatched_keys"]:
@@ -289,7 +307,7 @@ def _check_every_weight(location: ModelLocation, loading: dict[str, Any]) -> Non
             f"{location.folder}: `{name}` has shape {tuple(stored)} in the files, config.json asks for {tuple(wanted)}"
         )
     if loading["error_msgs"]:
-        raise ModelError(f"{location.folder}: {str(loading['error_msgs'][0]).splitlines()[0][:160]}")
+        raise ModelError(f"{location.folder}: {in_one_line(ValueError(loading['error_msgs'][0]))}; restore the files")
 
 
 def _check_finite(location: ModelLocation, model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import MachineError, ModelError
+from trainkit.errors import MachineError, ModelError, UsageError
 from trainkit.run_folder import expanded, leads_out
 
 if TYPE_CHECKING:
@@ -49,12 +49,17 @@ class ModelLocation:
 def locate_model(model: Model) -> ModelLocation:
     """The local folder of ``model``; a hub id is downloaded (safetensors, configuration and tokenizer only).
 
-    Raises ModelError where there is no such folder, or where the hub does not give the model.
+    Raises ModelError where there is no such folder, or where the hub does not give the model, and UsageError for a
+    revision of a folder.
     """
     if model.name in SHIPPED_NAMES:
         return ModelLocation(model.name, SHIPPED_MODELS / model.name)
     path = expanded(model.name)
     if path.is_dir():
+        if model.revision is not None:
+            raise UsageError(
+                f"model.revision: {model.name} is a folder, and only models of the hub have revisions; leave it out"
+            )
         check_entries(path)
         return ModelLocation(model.name, path.resolve())
     if path.exists():

@@ -12,7 +12,7 @@ import torch
 from trainkit.errors import ModelError, UsageError
 from trainkit.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from trainkit.model.adapters import trained_tensor_names
-from trainkit.model.checking import DIGESTS, check_model, recorded_digests, sha256, stored_dtype
+from trainkit.model.checking import DIGESTS, check_model, in_one_line, recorded_digests, sha256, stored_dtype
 from trainkit.model.export import (
     FP32_TOLERANCE,
     Difference,
@@ -195,8 +195,7 @@ def _attach(base: PreTrainedModel, final: Path) -> PeftModel:
         try:
             return PeftModel.from_pretrained(base, str(final)).eval()
         except Exception as error:  # safetensors, peft and torch each raise their own
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise ModelError(f"{final}: the adapter cannot be loaded: {first}") from error
+            raise ModelError(f"{final}: the adapter cannot be loaded: {in_one_line(error)}") from error
 
 
 def _merge(adapted: PeftModel, final: Path) -> PreTrainedModel:
@@ -204,7 +203,7 @@ def _merge(adapted: PeftModel, final: Path) -> PreTrainedModel:
         try:
             merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:
-            raise ModelError(f"{final}: cannot be merged: {str(error).splitlines()[0][:160]}") from error
+            raise ModelError(f"{final}: cannot be merged: {in_one_line(error)}") from error
     return merged
 
 

@@ -114,7 +114,7 @@ def _recipe_path(path_or_name: str) -> Path:
         return path
     meant = nearest(path_or_name, tuple(shipped)) or _nearest_file(path)
     hint = f"did you mean {meant}?" if meant else f"recipes that ship with trainkit: {', '.join(shipped) or 'none'}"
-    raise RecipeErrors([f"{shown(path_or_name, 120)}: no such recipe; {hint}"])
+    raise RecipeErrors([f"{shown(path_or_name, 80) or 'an empty name'}: no such recipe; {hint}"])
 
 
 def _nearest_file(path: Path) -> Path | None:
@@ -164,7 +164,7 @@ def _tree_of_file(path: Path, order: int, from_place: Place, mistakes: list[Mist
     def refuse(message: str, place: Place) -> UnreadableYaml:
         return UnreadableYaml(Mistake(place, key if place is from_place else "", message))
 
-    subject = f"{label} " if order else ""
+    subject = f"{shown(str(path), 80)} " if order else ""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             kind = "is a folder" if path.is_dir() else "is no regular file"
@@ -270,10 +270,15 @@ def _origin(key: str, places: ReadOnly[str, Place]) -> str:
 
 
 def _sorted(mistakes: list[Mistake]) -> list[Mistake]:
+    """By place; of several of one key in one place only the first, which the others follow from."""
+
     def position(mistake: Mistake) -> tuple[int, int, int]:
         return (mistake.place.order, mistake.place.line, mistake.place.column)
 
-    return sorted(dict.fromkeys(mistakes), key=position)
+    first: dict[tuple[Place, str], Mistake] = {}
+    for mistake in mistakes:
+        first.setdefault((mistake.place, mistake.key), mistake)
+    return sorted(first.values(), key=position)
 
 
 def _as_error(mistakes: list[Mistake]) -> RecipeErrors:

@@ -17,6 +17,7 @@ from trainkit.recipe.schema import Source
 from trainkit.recipe.yaml_nodes import Items, Mapping, Mistake, Node, Place, Scalar, reading_of_yaml_1_1, shown
 
 MAX_WHOLE_NUMBER = 2**63
+WIDTH_OF_KEYS = 93
 SUGGESTIONS_UP_TO = 100  # mistakes; a file with more of them is not a recipe with slips
 
 SOURCES = tuple[Source, ...]
@@ -111,7 +112,15 @@ def unknown_key(name: str, node: Node, start: str, known: dict[str, Key], notes:
     leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(all_keys())}
     if far := nearest(name, tuple(leaves)):
         return f"unknown key; did you mean `{leaves[far]}`?"
-    return f"unknown key; the keys here are {', '.join(known)}"
+    return f"unknown key; the keys here are {_some_of(list(known))}"
+
+
+def _some_of(names: list[str]) -> str:
+    """The names, or as many of them as a line has room for."""
+    fitting = len(names)
+    while fitting > 1 and len(", ".join(names[:fitting])) > WIDTH_OF_KEYS:
+        fitting -= 1
+    return ", ".join(names[:fitting]) + (", …" if fitting < len(names) else "")
 
 
 def value_of(node: Node, hint: Any, key: str, notes: Notes, bounds: Bounds = NO_BOUNDS) -> Any:

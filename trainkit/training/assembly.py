@@ -15,9 +15,9 @@ from trainkit.errors import UsageError
 from trainkit.launched import launched
 from trainkit.model.adapters import attach_adapter, check_adapter
 from trainkit.model.attention import choose_attention
-from trainkit.model.checking import check_model, check_vocabulary, weight_files
+from trainkit.model.checking import check_model, check_vocabulary, empty_model, weight_files
 from trainkit.model.isolation import prove_isolation
-from trainkit.model.loading import load_model, load_tokenizer, tokenizer_sentences
+from trainkit.model.loading import load_model, load_tokenizer, quiet_libraries, tokenizer_sentences
 from trainkit.model.locating import ModelLocation, locate_model
 from trainkit.model.loss import HeadPath, LossModel
 from trainkit.model.precision import PrecisionPlan, make_scaler
@@ -58,7 +58,8 @@ def read_base(recipe: Recipe) -> Base:
     config = check_model(location, recipe.packing)
     tokenizer = load_tokenizer(location)
     check_vocabulary(tokenizer, config)
-    check_adapter(config, recipe.adapter)
+    with quiet_libraries():
+        check_adapter(empty_model(location, config), recipe.adapter)
     facts = tuple(("tokenizer", sentence) for sentence in tokenizer_sentences(location, tokenizer))
     return Base(location, config, tokenizer, facts)
 

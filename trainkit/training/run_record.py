@@ -57,7 +57,10 @@ def check_output(output_dir: str) -> RunFolder:
     try:
         root = Path(output_dir).expanduser().resolve()  # without `..`: a folder that has no name cannot be put aside
     except (OSError, RuntimeError) as error:
-        raise MachineError(f"output_dir: {output_dir} cannot be used: {error}") from error
+        reason = str(error).replace(output_dir, "it")[:80]
+        raise MachineError(
+            f"output_dir: {_shortened(output_dir)} cannot be used: {reason}; name a new folder"
+        ) from error
     folder = RunFolder(root)
     try:
         there = next(path for path in (root, *root.parents) if path.exists())
@@ -68,13 +71,29 @@ def check_output(output_dir: str) -> RunFolder:
             raise MachineError(f"output_dir: {output_dir} cannot be written: no permission in {there}")
         taken = root.is_dir() and not all(_is_of_a_beginning(path, folder) for path in root.iterdir())
     except OSError as error:
-        raise MachineError(f"output_dir: {output_dir} cannot be used: {error.strerror}") from error
+        raise MachineError(
+            f"output_dir: {_shortened(output_dir)} cannot be used: {error.strerror}; name a new folder"
+        ) from error
     for entry in (folder.checkpoints, folder.final, folder.metrics, folder.samples):
         if leads_out(entry, folder.root):
             raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
-    if taken and not folder.marker.is_file():
+    if taken and not (folder.marker.is_file() and _is_ours(folder.marker)):
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
     return folder
+
+
+def _shortened(path: str, most: int = 80) -> str:
+    """The end of a long path, which tells more than its beginning."""
+    return path if len(path) <= most else f"...{path[-most:]}"
+
+
+def _is_ours(marker: Path) -> bool:
+    """Whether a run.json can be trainkit's: damaged, or a mapping with a run id; not that of another program."""
+    try:
+        content = json.loads(marker.read_bytes())
+    except (OSError, ValueError):
+        return True
+    return not isinstance(content, dict) or "run_id" in content
 
 
 def _is_of_a_beginning(path: Path, folder: RunFolder) -> bool:

@@ -1,0 +1,1 @@
+"""`scripts/fuzz`: mutated recipes and data files, through the command line."""
