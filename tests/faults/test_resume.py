@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from trainkit.cli import run
 from trainkit.training import loop
+from trainkit.training.interruption import Interruption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -266,7 +267,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued_fr
     assert (folder / "checkpoints" / "step-000004.aside-1" / "weights.safetensors").read_bytes() == content
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_before_the_first_step_ends_at_once_with_its_code(
     small_recipe: dict[str, Any],
     tmp_path: Path,
@@ -286,6 +287,17 @@ def test_a_signal_before_the_first_step_ends_at_once_with_its_code(
     assert code == (130 if number == signal.SIGINT else 75)
     assert f"error: {number.name} before training began or went on: nothing is lost" in said
     assert not Path(small_recipe["output_dir"]).exists()
+
+
+def test_nohup_is_heeded() -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption(lambda _: None) as interruption:
+            signal.raise_signal(signal.SIGHUP)
+            assert interruption.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_a_signal_while_the_result_is_written_loses_nothing(

@@ -117,7 +117,7 @@ def _run(
         start = Start(**from_first(accelerator, asdict(start)))
         if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
-            return dict(json.loads(folder.summary.read_bytes()))
+            return dict(json.loads(folder.summary.read_bytes())) if here.speaks else {}
         trainer, facts = assemble(recipe, base, data.train, precision, start.micro_batch_size, accelerator)
         _show_facts(console, facts)
         checkpoint = None if start.checkpoint is None else Path(start.checkpoint)
@@ -142,7 +142,7 @@ def _run(
                     micro_batch_size=start.micro_batch_size,
                 )
             else:
-                record = _continued(folder, earlier, recipe, trainer, checkpoint, console)
+                record = _continued(folder, earlier, recipe, trainer, start, console)
             _write_circumstances(folder, recipe, data, trainer)
         record = RunRecord(**from_first(accelerator, None if record is None else asdict(record)))
         if not here.speaks:
@@ -271,11 +271,11 @@ def _continued(
     earlier: EarlierRun,
     recipe: Recipe,
     trainer: Trainer,
-    checkpoint: Path | None,
+    start: Start,
     console: Console,
 ) -> RunRecord:
     """Take over what the recipe changes for the rest of the run, and say what follows from it."""
-    plan, done = trainer.plan, 0 if checkpoint is None else step_of(checkpoint)
+    plan, done = trainer.plan, 0 if start.checkpoint is None else step_of(Path(start.checkpoint))
     if done > plan.steps:
         raise CheckpointError(
             f"{folder.root}: {done} steps are done already, the recipe now ends after {plan.steps}; ask for {done} or "
@@ -296,7 +296,7 @@ def _continued(
             f"{learning_rate_at(plan, done):.3g} (before: {old})"
         )
     _show_facts(console, [("run", sentence) for sentence in sentences])
-    return continue_run(folder, earlier.record, recipe, micro_batch_size=plan.micro_batch_size)
+    return continue_run(folder, earlier.record, recipe, micro_batch_size=start.micro_batch_size)
 
 
 def _checkpoints_at_a_time(recipe: Recipe, trainer: Trainer, data: PreparedData) -> int:

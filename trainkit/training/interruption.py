@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is SLURM's customary warning before the time limit
+# SIGUSR1 is SLURM's customary warning before the time limit; SIGHUP comes when a terminal is closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interruption:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 raise KeyboardInterrupt, and ``received`` says which it was.
+    """While entered, each of :data:`SIGNALS` raises KeyboardInterrupt, and ``received`` says which it was.
 
-    Inside :meth:`deferring` the first one only sets ``received``; a second SIGINT stops at once.
+    One that is ignored, as SIGHUP is under nohup, stays ignored. Inside :meth:`deferring` the first one only sets ``received``; a second SIGINT stops at once.
 
     Works in the main thread only, as Python's signal handlers do. ``on_first`` is called with the first deferred signal
     from inside the handler, so that it must not use what the interrupted code may hold: no buffered stream, no lock.
@@ -30,7 +31,8 @@ class Interruption:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
