@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 class Interruption:
     """While entered, each of :data:`SIGNALS` raises KeyboardInterrupt, and ``received`` says which it was.
 
-    One that is ignored, as SIGHUP is under nohup, stays ignored. Inside :meth:`deferring` the first one only sets ``received``; a second SIGINT stops at once.
+    One that is ignored, as SIGHUP is under nohup, stays ignored. Inside :meth:`deferring` the first one only sets
+    ``received``; a second SIGINT stops at once.
 
     Works in the main thread only, as Python's signal handlers do. ``on_first`` is called with the first deferred signal
     from inside the handler, so that it must not use what the interrupted code may hold: no buffered stream, no lock.
