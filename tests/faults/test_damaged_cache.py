@@ -30,7 +30,7 @@ def test_a_run_never_trains_on_damage_and_the_next_one_makes_the_data_anew(
     said = capfd.readouterr().err
     (error,) = [line for line in said.splitlines() if "error" in line]
     assert error.startswith(f"error: {flags.parent}: trained.bin has changed since it was written")
-    assert error.endswith("; run again, and it is made anew")
+    assert error.endswith("; run again, and it is made anew. No checkpoint was saved yet")
     assert "Traceback" not in said
 
     assert run(["fine-tune", str(recipe)]) == 0

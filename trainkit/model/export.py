@@ -134,7 +134,7 @@ def verify_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat_temp
 
     try:
         with quiet_libraries():
-            anew = AutoTokenizer.from_pretrained(str(folder))
+            anew = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a damaged file fails in as many ways as tokenizers have parsers
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
     wanted = {

@@ -7,6 +7,7 @@ lets go of it when the process dies, however it dies.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -57,10 +58,11 @@ def check_output(output_dir: str) -> RunFolder:
     try:
         root = Path(output_dir).expanduser().resolve()  # without `..`: a folder that has no name cannot be put aside
     except (OSError, RuntimeError) as error:
-        reason = str(error).replace(output_dir, "it")[:80]
-        raise MachineError(
-            f"output_dir: {_shortened(output_dir)} cannot be used: {reason}; name a new folder"
-        ) from error
+        reason = "there is no such home folder" if output_dir.startswith("~") else "it is a link to itself"
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            reason = str(error.strerror)
+        named = _shortened(output_dir)
+        raise MachineError(f"output_dir: {named} cannot be used: {reason}; name a new folder") from error
     folder = RunFolder(root)
     try:
         there = next(path for path in (root, *root.parents) if path.exists())
@@ -110,6 +112,9 @@ def locked(folder: RunFolder) -> Iterator[None]:
     made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"output_dir: {folder.root} cannot be made: {error.strerror}; name a new folder") from error
+    try:
         # Not through a link: it could make a file anywhere.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         file = os.fdopen(os.open(folder.lock, flags, 0o666), "a")

@@ -137,13 +137,13 @@ MORE_MACHINE_CASES = [
         "output_dir in a file system of the kernel's",
         output("/proc/run"),
         5,
-        r"^output_dir: /proc/run cannot be written: No such file or directory$",
+        r"^output_dir: /proc/run cannot be made: No such file or directory; name a new folder$",
     ),
     Case(
         "output_dir is a link to itself",
         output_is_a_link_to_itself,
         5,
-        r"^output_dir: run cannot be used: Symlink loop from 'run'$",
+        r"^output_dir: run cannot be used: it is a link to itself; name a new folder$",
     ),
     Case(
         "output_dir is a link to a file",
@@ -155,7 +155,7 @@ MORE_MACHINE_CASES = [
         "output_dir in nobody's home",
         output("~nobody-here/run"),
         5,
-        r"^output_dir: ~nobody-here/run cannot be used: Could not determine home directory\.$",
+        r"^output_dir: ~nobody-here/run cannot be used: there is no such home folder; name a new folder$",
     ),
     Case(
         "cache is a device",
