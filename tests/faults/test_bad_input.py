@@ -121,13 +121,17 @@ def test_the_good_input_is_good(finished: Room) -> None:
     [
         ("training.seed", 43, r"differs in training\.seed: 42 → 43"),
         ("training.learning_rate", 0.5, r"differs in training\.learning_rate: .* → 0\.5"),
-        ("training.steps", 1, r"2 steps are done already, the recipe now ends after 1; ask for 2 or more"),
     ],
 )
 def test_another_recipe_does_not_continue_a_run(finished: Room, capfd: Said, key: str, value: Any, says: str) -> None:
     check_refused(
         Case(key, lambda room: room.set(key, value), 6, rf"run: holds a run that {says}.*--fresh"), finished, capfd
     )
+
+
+def test_a_run_cannot_be_continued_to_an_earlier_end(finished: Room, capfd: Said) -> None:
+    says = r"run: 2 steps are done already, the recipe now ends after 1; ask for 2 or more, or give another output_dir"
+    check_refused(Case("steps", lambda room: room.set("training.steps", 1), 6, says), finished, capfd)
 
 
 def test_other_data_does_not_continue_a_run(finished: Room, capfd: Said) -> None:

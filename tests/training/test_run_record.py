@@ -73,7 +73,7 @@ def test_a_folder_is_found_from_the_home_folder(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_is_named_without_dots(tmp_path: Path) -> None:
     """`..` has no name of its own to be put aside under."""
     (tmp_path / "run" / "below").mkdir(parents=True)
-    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "run.json").write_text('{"run_id": "a"}')
     folder = check_output(str(tmp_path / "run" / "below" / ".."))
     assert put_aside(folder) == tmp_path / "run.1"
 
@@ -168,7 +168,10 @@ def test_what_was_written_under_the_lock_stays(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_fault_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MachineError, match="cannot be written"), locked(RunFolder(tmp_path / "file" / "run")):
+    with (
+        pytest.raises(MachineError, match="cannot be made: Not a directory; name a new folder"),
+        locked(RunFolder(tmp_path / "file" / "run")),
+    ):
         pass
 
 

@@ -112,7 +112,7 @@ def _run(
         if here.speaks:
             stack.enter_context(locked(folder))
             earlier = None if fresh else _earlier_run(folder, recipe, base, data)
-            start = _start(recipe, folder, earlier, base, device, here, console, fresh=fresh)
+            start = _start(recipe, folder, earlier, base, data, device, here, console, fresh=fresh)
         accelerator = make_accelerator()
         start = Start(**from_first(accelerator, asdict(start)))
         if start.finished:
@@ -172,6 +172,7 @@ def _start(
     folder: RunFolder,
     earlier: EarlierRun | None,
     base: Base,
+    data: PreparedData,
     device: torch.device,
     here: Launched,
     console: Console,
@@ -184,6 +185,8 @@ def _start(
     checkpoint = None if earlier is None else _checkpoint_to_continue(folder, earlier, console)
     if not fresh:
         check_free(folder.final, replace=True)
+    if checkpoint is not None:
+        _check_steps_left(recipe, folder, step_of(checkpoint), len(data.train))
     fitted = fit(recipe, base.location.folder, device, here)
     _show_facts(console, [("memory", sentence) for sentence in fitted.sentences])
     of_the_run = None if earlier is None else earlier.micro_batch_size(recipe)
@@ -192,6 +195,16 @@ def _start(
         micro_batch_size=of_the_run or fitted.micro_batch_size,
         predicted_bytes=fitted.predicted_bytes,
     )
+
+
+def _check_steps_left(recipe: Recipe, folder: RunFolder, done: int, rows: int) -> None:
+    length = recipe.packing.sequence_length
+    steps = make_plan(recipe.training, rows=rows, sequence_length=length, micro_batch_size=1).steps
+    if done > steps:
+        raise CheckpointError(
+            f"{folder.root}: {done} steps are done already, the recipe now ends after {steps}; ask for {done} or "
+            "more, or give another output_dir"
+        )
 
 
 def _is_of_a_lost_process(error: BaseException) -> bool:
@@ -276,11 +289,6 @@ def _continued(
 ) -> RunRecord:
     """Take over what the recipe changes for the rest of the run, and say what follows from it."""
     plan, done = trainer.plan, 0 if start.checkpoint is None else step_of(Path(start.checkpoint))
-    if done > plan.steps:
-        raise CheckpointError(
-            f"{folder.root}: {done} steps are done already, the recipe now ends after {plan.steps}; ask for {done} or "
-            "more, or give another output_dir"
-        )
     sentences = [f"changed: {change}" for change in earlier.changes]
     if any(change.startswith(LENGTH) for change in earlier.changes) and done < plan.steps:
         before = make_plan(
