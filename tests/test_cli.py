@@ -283,6 +283,11 @@ def test_ctrl_c_before_a_run_has_state(fails: Any, capsys: Said) -> None:
     ("error", "line"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), "error: runs/a/x: no space left on the disk"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "runs/a/x"),
+            "error: runs/a/x: Read-only file system; mend that",
+        ),
+        (OSError(errno.EIO, "Input/output error"), "error: runs/a: Input/output error; mend that and run"),
         (MemoryError(), "error: this machine is out of memory"),
     ],
 )

@@ -32,6 +32,7 @@ from trainkit.run_folder import RunFolder
 
 EXIT_BUG, EXIT_USAGE, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 5, 130
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_REFUSES = frozenset({errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 
 app = typer.Typer(
     name="trainkit",
@@ -472,6 +473,10 @@ def _failed(error: Exception, session: Session) -> int:
         _stdout_takes_no_more()
         where = f"{error.filename}: " if error.filename else ""
         line = f"{where}no space left on the disk; free some and run the same command again"
+        return _say(error, [line], EXIT_MACHINE, session)
+    if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+        place = error.filename or (session.run_folder.root if session.run_folder else "the disk")
+        line = f"{place}: {error.strerror}; mend that and run the same command again"
         return _say(error, [line], EXIT_MACHINE, session)
     if isinstance(error, MemoryError):
         return _say(error, ["this machine is out of memory"], EXIT_MACHINE, session)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +96,16 @@ class RunFolder:
     def crash(self) -> Path:
         """The traceback of a bug."""
         return self.root / "crash.txt"
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process left that was killed inside :func:`write_atomically`. Only for who holds the lock."""
+        written = (self.marker, self.recipe, self.environment, self.ledger, self.summary, self.report)
+        names = "|".join(re.escape(path.name) for path in written)
+        leftover = re.compile(rf"\.({names})\.[a-z0-9_]{{8}}")  # as tempfile.mkstemp makes them
+        for path in self.root.iterdir():
+            if leftover.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                with suppress(OSError):
+                    path.unlink()
 
 
 def expanded(path: str) -> Path:

@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.memory import measure_memory, table
 
             found = measure_memory(options)
+        elif options.verb == "reliability":
+            from benchmarks.reliability import measure_reliability, table
+
+            found = measure_reliability(options)
         else:
             from benchmarks.micro_batch import measure_micro_batches, table
 
@@ -96,6 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--grid", action="store_true", help="only measure on the GPU")
     memory.add_argument("--published", type=Path, metavar="FILE", help="only hold against published T4 measurements")
     memory.add_argument("--json", action="store_true", help="print one JSON object")
+    reliability = verbs.add_parser(
+        "reliability",
+        help="what saving, checksums and starting again cost",
+        description="Pause and share of the wall time of a save, speed of checksums, start-up from a checkpoint beside "
+        "a fresh one, finding the place in ten million rows. A Markdown table.",
+    )
+    reliability.add_argument("--quick", action="store_true", help="a short run: seconds, and no result")
+    reliability.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 

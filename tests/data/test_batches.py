@@ -136,3 +136,10 @@ def test_an_empty_batch_trains_nothing() -> None:
     assert batch.trained_tokens == batch.tokens == 0
     assert (batch.labels_RT == NOT_A_TARGET).all()
     assert sum(batch.segment_lengths[0]) == batch.input_ids_RT.shape[1]
+
+
+def test_the_order_of_an_epoch_is_drawn_once_and_not_to_be_written_to() -> None:
+    order = epoch_order(100, 1, 0)
+    assert epoch_order(100, 1, 0) is order
+    with pytest.raises(ValueError, match="read-only"):
+        order[0] = 1

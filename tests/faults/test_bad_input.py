@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input.command_cases import OPTION_CASES
-from bad_input.data_cases import DATA_CASES, EXAMPLE_CASES, FILE_CASES, JSON_CASES
-from bad_input.machine_cases import MACHINE_CASES, MORE_MACHINE_CASES, NEEDS_CUDA
-from bad_input.model_cases import MODEL_CASES, MORE_MODEL_CASES
-from bad_input.recipe_cases import RECIPE_CASES, VALUE_CASES
-from bad_input.room import GOOD_LINES, Case, Room, Said, check_refused, content_of, error_lines, named
-from bad_input.yaml_cases import YAML_CASES
 from safetensors.torch import load_file
 
+from tests.faults.bad_input.command_cases import OPTION_CASES
+from tests.faults.bad_input.data_cases import DATA_CASES, EXAMPLE_CASES, FILE_CASES, JSON_CASES
+from tests.faults.bad_input.machine_cases import MACHINE_CASES, MORE_MACHINE_CASES, NEEDS_CUDA
+from tests.faults.bad_input.model_cases import MODEL_CASES, MORE_MODEL_CASES
+from tests.faults.bad_input.recipe_cases import RECIPE_CASES, VALUE_CASES
+from tests.faults.bad_input.room import GOOD_LINES, Case, Room, Said, check_refused, content_of, error_lines, named
+from tests.faults.bad_input.yaml_cases import YAML_CASES
 from trainkit.cli import run
 
 CASES = [

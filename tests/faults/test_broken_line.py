@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input.room import Room, Said, content_of, conversation, error_lines
 
+from tests.faults.bad_input.room import Room, Said, content_of, conversation, error_lines
 from trainkit.cli import run
 
 LINES = 700_100

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from bad_input.room import GOOD_LINES, LONGEST_LINE, Room, Said
 from fuzzing.command import main
 from fuzzing.mutation import KINDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.faults.bad_input.room import GOOD_LINES, LONGEST_LINE, Room, Said
 from trainkit.cli import run
 
 PROCESSOR_SECONDS_FOR_ONE = 5

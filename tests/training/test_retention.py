@@ -180,3 +180,23 @@ def any_layout(root: Path, seed: int) -> None:
     kept |= {step for step in good if step > newest}
     whole = {step for step in {*good, newest} if problems_of(root / checkpoint.step_name(step), RUN) is None}
     assert whole == kept
+
+
+def test_a_save_killed_before_its_owner_was_written_is_known_by_how_little_it_holds(tmp_path: Path) -> None:
+    whole = json.dumps({"run_id": RUN, "step": 6}, indent=2) + "\n"
+    foreign = json.dumps({"run_id": "another", "step": 6}, indent=2) + "\n"
+    for index, owner in enumerate(["", whole[:7], foreign[:30], foreign]):
+        (tmp_path / f".step-000006.0a1b2c3{index}.partial").mkdir()
+        (tmp_path / f".step-000006.0a1b2c3{index}.partial" / "owner.json").write_text(owner)
+    with_more = tmp_path / ".step-000006.0a1b2c3f.partial"
+    with_more.mkdir()
+    for name in ("owner.json", "notes.txt"):
+        (with_more / name).touch()
+    write(tmp_path, 7)
+    retire_checkpoints(tmp_path, RUN, Retention(keep_last=1), newest_step=7)
+    assert names(tmp_path) == [
+        ".step-000006.0a1b2c32.partial",
+        ".step-000006.0a1b2c33.partial",
+        ".step-000006.0a1b2c3f.partial",
+        "step-000007",
+    ]

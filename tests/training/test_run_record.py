@@ -335,3 +335,22 @@ def test_a_run_put_aside_under_its_lock_leaves_room_for_another_lock(folder: Run
             folder.metrics.touch()
     assert RunFolder(aside).marker.exists()
     assert folder.metrics.exists()
+
+
+# What a kill leaves
+
+
+def test_half_written_files_go_when_a_run_begins_or_goes_on_and_nothing_else(folder: RunFolder) -> None:
+    folder.root.mkdir()
+    stay = [".summary.json.mine", "summary.json.abcd1234", ".notes.txt.abcd1234", ".summary.json.ABCD1234"]
+    go = [".run.json.abcd1234", ".recipe.yaml.a_cd1234", ".summary.json.abcd1234", ".report.html.abcd1234"]
+    for name in [*stay, *go]:
+        (folder.root / name).write_text("half")
+    (folder.root / ".ledger.json.abcd1234").mkdir()
+    (folder.root / ".environment.json.abcd1234").symlink_to(folder.root / stay[0])
+    stay += [".ledger.json.abcd1234", ".environment.json.abcd1234"]
+    record = begin_run(folder, RECIPE, data_key="data", base_model="base", micro_batch_size=2)
+    assert {path.name for path in folder.root.iterdir()} == {*stay, "run.json", "recipe.yaml"}
+    (folder.root / go[0]).write_text("half")
+    continue_run(folder, record, RECIPE, micro_batch_size=2)
+    assert {path.name for path in folder.root.iterdir()} == {*stay, "run.json", "recipe.yaml"}

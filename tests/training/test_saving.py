@@ -200,3 +200,29 @@ def test_what_its_own_checkpoints_take_counts_as_free(tmp_path: Path, free: Call
     check_space(tmp_path, RUN, weights, optimizer="sgd", checkpoints=2)
     with pytest.raises(MachineError):
         check_space(tmp_path, "another", weights, optimizer="sgd", checkpoints=2)
+
+
+# Tidying up
+
+
+def test_what_a_kill_left_goes_also_where_no_save_follows(tmp_path: Path) -> None:
+    with Saver(tmp_path, RUN) as saver:
+        for step in (1, 2, 3):
+            saver.save(state_at(step), Retention(keep_last=3))
+    (tmp_path / ".step-000004.0a1b2c3d.partial").mkdir()
+    Saver(tmp_path, RUN).tidy(KEEP, newest_step=3)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    Saver(tmp_path / "not yet", RUN).tidy(KEEP, newest_step=3)
+
+
+def test_a_deletion_that_fails_is_said_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(saving, "retire_checkpoints", broken)
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state_at(1), KEEP)
+        with pytest.raises(MachineError, match="older checkpoints could not be deleted: Permission denied; that of st"):
+            saver.wait()
+        saver.tidy(KEEP, newest_step=1)
+    assert newest_checkpoint(tmp_path, RUN) == (tmp_path / "step-000001", [])

@@ -434,6 +434,7 @@ class Run:
         self.trainer.restore(state)
         self.metrics.truncate_to(state.log_bytes["metrics"])
         self.samples.truncate_to(state.log_bytes["samples"])
+        self.saver.tidy(self._retention(), state.step)
         _show_facts(self.console, [("run", f"continues after step {state.step}, from {checkpoint}")])
 
     def _open_trackers(self) -> Trackers:
@@ -537,10 +538,12 @@ class Run:
         state = self.trainer.state(
             {"metrics": self.metrics.length_bytes, "samples": self.samples.length_bytes},
         )
-        keep = self.read.recipe.checkpoints
-        retention = Retention(keep.keep_last, self.trainer.counters.best_step if keep.keep_best else None)
         if self.speaks or state.share.processes > 1:
-            self.save_pause_seconds = [self.saver.save(state, retention)]
+            self.save_pause_seconds = [self.saver.save(state, self._retention())]
+
+    def _retention(self) -> Retention:
+        keep = self.read.recipe.checkpoints
+        return Retention(keep.keep_last, self.trainer.counters.best_step if keep.keep_best else None)
 
     def _stop(self) -> NoReturn:
         """Save what there is and end with the exit code of the signal."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,13 +41,18 @@ class Batch:
     tokens: int
 
 
+@lru_cache(maxsize=1)
 def epoch_order(number_of_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Row numbers in the order in which ``epoch`` (from 0) visits them, shape (rows,); each exactly once.
+
+    Not to be written to: it is kept for the steps of the epoch, since drawing it takes half a second for 10 M rows.
 
     >>> sorted(epoch_order(4, seed=1, epoch=0).tolist())
     [0, 1, 2, 3]
     """
-    return np.random.default_rng([seed, epoch]).permutation(number_of_rows)
+    order = np.random.default_rng([seed, epoch]).permutation(number_of_rows)
+    order.flags.writeable = False
+    return order
 
 
 def share_out(work_R: Sequence[int], processes: int) -> list[list[int]]:

@@ -2,15 +2,26 @@
 
 It holds ``SHA256SUMS`` over its files, in the format of sha256sum(1): with it a reader can tell a damaged file, and we
 can tell a folder that we wrote from one that a person put something into.
+
+While it is made it lies in a hidden folder beside its place, which is locked by the process at work:
+
+    .NAME.xxxxxxxx/
+        MARK        says that the folder is ours; written first
+        new/        the result in the making
+        earlier/    the result that is being replaced, from its renaming to the end
+
+What a killed process left of that goes when the result is written again.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +35,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+MARK = "made-by-trainkit"
+
+
 @contextmanager
 def new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
-    """A hidden sibling to be filled with files; it becomes ``folder`` when the block ends well, else it vanishes.
+    """An empty folder to be filled with files; it becomes ``folder`` when the block ends well, else it vanishes.
 
     An existing ``folder`` is replaced if ``replace`` and if it holds exactly what was written by this function before;
     otherwise UsageError. Raises MachineError when the disk does not take it.
     """
     check_free(folder, replace=replace)
-    staging: Path | None = None
+    workplace: Path | None = None
+    lock: int | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        _remove_leftovers(folder)
+        workplace, lock = _locked_workplace(folder)
+        (workplace / MARK).touch()
+        staging = workplace / "new"
+        staging.mkdir()
         yield staging
         _seal(staging)
         _take_place(staging, folder)
@@ -44,8 +63,10 @@ def new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
         reason = "the disk is full; free some space" if full else str(error).splitlines()[0][:160]
         raise MachineError(f"{folder}: cannot be written: {reason}") from error
     finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging)
+        if workplace is not None:
+            _remove_workplace(workplace, folder)
+        if lock is not None:
+            os.close(lock)
 
 
 def check_free(folder: Path, *, replace: bool) -> None:
@@ -78,12 +99,49 @@ def _seal(folder: Path) -> None:
 
 
 def _take_place(staging: Path, folder: Path) -> None:
-    if not folder.exists():
-        staging.rename(folder)
-        fsync_folder(folder.parent)
-        return
-    earlier = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.earlier."))
-    folder.rename(earlier)
+    if folder.exists():
+        folder.rename(staging.with_name("earlier"))
     staging.rename(folder)
     fsync_folder(folder.parent)
-    shutil.rmtree(earlier)
+
+
+def _locked_workplace(folder: Path) -> tuple[Path, int]:
+    """A new hidden folder beside ``folder``, and the descriptor that locks it while it is open."""
+    while True:
+        workplace = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with suppress(FileNotFoundError):  # another process took the empty folder for a leftover before it was locked
+            descriptor = os.open(workplace, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks: nobody else gets one either, and so removes nothing
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if workplace.exists():
+                return workplace, descriptor
+            os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the workplaces for ``folder`` whose processes are dead; what is not known as ours stays."""
+    name = re.compile(re.escape(f".{folder.name}.") + "[a-z0-9_]{8}")  # as tempfile.mkdtemp makes them
+    for workplace in [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]:
+        with suppress(OSError):  # it is no folder, its process lives, or it cannot be removed
+            descriptor = os.open(workplace, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (workplace / MARK).is_file():
+                    _remove_workplace(workplace, folder)
+                else:
+                    workplace.rmdir()  # killed before it was marked; anything else is not empty
+            finally:
+                os.close(descriptor)
+
+
+def _remove_workplace(workplace: Path, folder: Path) -> None:
+    """Remove a workplace of ours; the earlier result goes back to its place where the new one did not take it."""
+    earlier = workplace / "earlier"
+    if earlier.is_dir() and not folder.exists():
+        earlier.rename(folder)
+    # The mark goes last: killed in the middle, the rest is still known as ours.
+    for part in (workplace / "new", earlier):
+        shutil.rmtree(part, ignore_errors=True)
+    (workplace / MARK).unlink(missing_ok=True)
+    with suppress(OSError):  # what could not be removed, or what somebody else put there
+        workplace.rmdir()

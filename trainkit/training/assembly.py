@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 Fact = tuple[str, str]
 """A topic of one word and a sentence, for the command to show."""
 
+PIECES, PIECE_BYTES = 256, 2**12  # of a weight file, for its fingerprint
+
 
 @dataclass(frozen=True)
 class Base:
@@ -178,14 +180,19 @@ def _isolation(recipe: Recipe, base: Base, loss_model: LossModel) -> str:
 
 
 def base_fingerprint(location: ModelLocation) -> str:
-    """A hash of what tells one base model from another without reading its weights.
+    """A hash of what tells one base model from another without reading all its weights.
 
-    config.json, and of every weight file its size and its header (names, types, shapes and offsets of the tensors).
+    config.json, and of every weight file its size, its header (names, types, shapes and offsets of the tensors) and
+    pieces of its content: a model trained further differs nearly everywhere.
     """
     digest = hashlib.sha256((location.folder / "config.json").read_bytes())
     for path in weight_files(location.folder):
         with path.open("rb") as file:
             length = file.read(8)
             digest.update(length + file.read(int.from_bytes(length, "little")))
-        digest.update(str(path.stat().st_size).encode())
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            for start in range(0, size, max(size // PIECES, PIECE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()

@@ -6,10 +6,10 @@ file, is written; one rename publishes it. What has no manifest of this run that
 
     owner.json              run id; written first, so that an unfinished folder is known as ours
     weights.safetensors     the weights that train, by parameter name
-    optimizer.safetensors   optimizer tensors, named <parameter index>.<name>
+    optimizer.safetensors   optimizer tensors, named <parameter index>.<name>; a name in a mapping <mapping>.<name>
     random.safetensors      generator states, named <rank>.<name>
     state.json              step, counters, loss scale, optimizer numbers, lengths of the log files
-    manifest.json           format, run id, step, sizes, checksums
+    manifest.json           format, run id, step, sizes, checksums, and a checksum of all that
 
 Where weights are shared out over N processes, each writes its rows (of the first dimension) into files of its own,
 ``weights-00001-of-00002.safetensors``; which rows they are stands in their metadata. It then leaves a list of them,
@@ -44,11 +44,13 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
-STAGING_FOLDER = re.compile(r"\.step-\d{6,}\.[0-9a-f]{8}\.partial")
+STAGING_FOLDER = re.compile(r"\.step-(\d{6,})\.[0-9a-f]{8}\.partial")
 OWNER, MANIFEST, STATE, RANDOM = "owner.json", "manifest.json", "state.json", "random.safetensors"
 RETIRED = "retired.json"  # what the manifest is called while a checkpoint is being deleted
 TENSORS = re.compile(r"(weights|optimizer)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 PART = re.compile(r"part-\d{5}\.json")
+FILES = (STATE, RANDOM, "optimizer.safetensors", "weights.safetensors", OWNER)
+"""What a manifest lists where one process saves."""
 PART_SECONDS, POLL_SECONDS = 600, 0.05  # how long a process is waited for, and how often it is looked for
 PIECE_BYTES = 2**24  # between two pieces a writer may be told to stop
 
@@ -134,10 +136,14 @@ class SavedState:
         """The optimizer's ``state_dict()``, each tensor as ``read`` gives it for its name; whole where that is None."""
         read = read or self.optimizer.__getitem__
         numbers = self.optimizer_numbers
-        state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in numbers["state"].items()}
-        for key in self.optimizer:
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = read(key)
+        state: dict[int, dict[str, Any]] = {}
+        plain = {f"{index}.{name}": value for index, entry in numbers["state"].items() for name, value in entry.items()}
+        for key, value in (plain | {key: read(key) for key in self.optimizer}).items():
+            index, *outer, name = key.split(".")
+            entry = state.setdefault(int(index), {})
+            for part in outer:
+                entry = entry.setdefault(part, {})
+            entry[name] = value
         return {"state": state, "param_groups": numbers["param_groups"]}
 
 
@@ -200,6 +206,8 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
 
 def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
@@ -247,7 +255,7 @@ def write_checkpoint(
         return final
     folder.mkdir()
     try:
-        _write_files(folder, {OWNER: [_json_bytes({"run_id": run_id, "step": state.step})]})
+        _write_files(folder, {OWNER: [_owner_bytes(run_id, state.step)]})
         files = _write_files(folder, _tensor_files(state, should_stop) | _common_files(state))
         for other in range(1, share.processes):
             part = folder / f"part-{other + 1:05d}.json"
@@ -257,7 +265,7 @@ def write_checkpoint(
         files[OWNER] = _listed(Written((folder / OWNER).stat().st_size, _sha256(folder / OWNER)))
         fsync_folder(folder)
         manifest = {"format": FORMAT, "run_id": run_id, "step": state.step, "files": files}
-        _write_files(folder, {MANIFEST: [_json_bytes(manifest)]})
+        _write_files(folder, {MANIFEST: [_json_bytes(manifest | {"sha256": _sha256_of(manifest)})]})
         fsync_folder(folder)
         set_aside(final)
         folder.rename(final)
@@ -332,6 +340,15 @@ def is_half_deleted(folder: Path, run_id: str) -> bool:
         return False
 
 
+def is_barely_begun(folder: Path, run_id: str) -> bool:
+    """Whether this staging folder holds no more than a part of the file that would say that it is ours."""
+    name = STAGING_FOLDER.fullmatch(folder.name)
+    if name is None or any(path.name != OWNER or path.is_symlink() or not path.is_file() for path in folder.iterdir()):
+        return False
+    owner = folder / OWNER
+    return not owner.exists() or _owner_bytes(run_id, int(name[1])).startswith(owner.read_bytes())
+
+
 def _write_files(folder: Path, contents: Mapping[str, Iterable[bytes | memoryview]]) -> dict[str, Any]:
     """Write new files; returns what a manifest says of them."""
     return {name: _listed(write_new_file(folder / name, pieces)) for name, pieces in contents.items()}
@@ -365,8 +382,17 @@ def _common_files(state: TrainingState) -> dict[str, Iterable[bytes | memoryview
     return {RANDOM: _safetensors(random_tensors, {}, lambda: False), STATE: [_json_bytes(numbers)]}
 
 
+def _owner_bytes(run_id: str, step: int) -> bytes:
+    return _json_bytes({"run_id": run_id, "step": step})
+
+
 def _listed(written: Written) -> dict[str, Any]:
     return {"bytes": written.size_bytes, "sha256": written.sha256}
+
+
+def _sha256_of(manifest: Mapping[str, Any]) -> str:
+    """Of everything in a manifest but this sum itself."""
+    return hashlib.sha256(json.dumps({**manifest, "sha256": None}, sort_keys=True).encode()).hexdigest()
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -404,12 +430,21 @@ def _flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.T
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, entry in state_dict["state"].items():
-        for name, value in entry.items():
+        for name, value in leaves(entry):
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value
     return tensors, {"state": numbers, "param_groups": state_dict["param_groups"]}
+
+
+def leaves(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What an optimizer keeps for a parameter, by dotted name: bitsandbytes keeps tensors in a mapping of their own."""
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _sha256(path: Path) -> str:
@@ -429,6 +464,8 @@ def problems_of(folder: Path, run_id: str, *, checksums: bool = True) -> str | N
         files: dict[str, dict[str, Any]] = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"{MANIFEST}: format {manifest['format']}, this trainkit reads {FORMAT}"
+        if manifest["sha256"] != _sha256_of(manifest):
+            return f"{MANIFEST} does not match its checksum"
         if manifest["run_id"] != run_id:
             return "of another run"
         if step_name(manifest["step"]) != folder.name:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from trainkit.data.batches import attention_work, empty_batch, epoch_order, make_batch, share_out
 from trainkit.errors import CheckpointError, DataError, DivergedError
 from trainkit.model.sharding import give_back, is_shard, local_part, part_like, rows_of_part
-from trainkit.training.checkpoint import Share, TrainingState
+from trainkit.training.checkpoint import Share, TrainingState, leaves
 from trainkit.training.faults import Fault, check_may_skip, describe_rows, find_fault, first_not_finite
 from trainkit.training.movement import UPDATES, Movement
 from trainkit.training.plan import Plan, learning_rate_at, position_of
@@ -161,7 +161,7 @@ class Trainer:
         moments = {
             f"{index}.{name}": value
             for index, entry in optimizer["state"].items()
-            for name, value in entry.items()
+            for name, value in leaves(entry)
             if isinstance(value, torch.Tensor)
         }
         local = {name: local_part(weight) for name, weight in weights.items()}
@@ -178,10 +178,7 @@ class Trainer:
             optimizer={
                 **optimizer,
                 "state": {
-                    index: {
-                        name: local_part(value) if isinstance(value, torch.Tensor) else value
-                        for name, value in entry.items()
-                    }
+                    index: {name: _local(value) for name, value in entry.items()}
                     for index, entry in optimizer["state"].items()
                 },
             },
@@ -243,6 +240,13 @@ class Trainer:
             return part_like(state.optimizer.read(key, *rows_of_part(weight)), weight)
 
         return read
+
+
+def _local(value: Any) -> Any:
+    """What an optimizer keeps for a parameter, with the part of each tensor that lies here."""
+    if isinstance(value, dict):
+        return {name: _local(part) for name, part in value.items()}
+    return local_part(value) if isinstance(value, torch.Tensor) else value
 
 
 def rows_of_step(plan: Plan, seed: int, step: int) -> list[int]:

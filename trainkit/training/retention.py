@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trainkit.training.checkpoint import (
     STAGING_FOLDER,
     delete_files,
+    is_barely_begun,
     is_half_deleted,
     owner_of,
     problems_of,
@@ -66,6 +67,6 @@ def _unfinished(root: Path, run_id: str, newest_step: int) -> list[Path]:
     if not root.is_dir():
         return []
     staging = [path for path in root.iterdir() if STAGING_FOLDER.fullmatch(path.name) and not path.is_symlink()]
-    staging = [folder for folder in staging if owner_of(folder) == run_id or not any(folder.iterdir())]
+    staging = [folder for folder in staging if owner_of(folder) == run_id or is_barely_begun(folder, run_id)]
     older = [folder for folder in step_folders(root) if step_of(folder) < newest_step]
     return [*staging, *(folder for folder in older if is_half_deleted(folder, run_id))]

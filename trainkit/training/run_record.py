@@ -190,6 +190,7 @@ def begin_run(folder: RunFolder, recipe: Recipe, *, data_key: str, base_model: s
         run_id=secrets.token_hex(8), data_key=data_key, base_model=base_model, micro_batch_size=micro_batch_size
     )
     write_record(folder, record)  # first: a folder that holds anything else without it is not known as ours
+    folder.remove_leftovers()
     _write_recipe(folder, recipe)
     fsync_folder(folder.root.parent)
     return record
@@ -257,6 +258,7 @@ def continue_run(folder: RunFolder, record: RunRecord, recipe: Recipe, *, micro_
 
     Killed between the two, the next call finds the same differences again.
     """
+    folder.remove_leftovers()
     continued = replace(record, micro_batch_size=micro_batch_size, finished=False)
     write_record(folder, continued)
     _write_recipe(folder, recipe)

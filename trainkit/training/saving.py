@@ -11,6 +11,7 @@ import errno
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
@@ -100,6 +101,11 @@ class Saver:
         self.paused_seconds += paused
         return paused
 
+    def tidy(self, retention: Retention, newest_step: int) -> None:
+        """Remove what a killed process left behind the checkpoint of ``newest_step``, as a save would at its end."""
+        with suppress(OSError):  # the next save says it, and a run that has no more of them needs no room
+            retire_checkpoints(self._root, self._run_id, retention, newest_step)
+
     def wait(self) -> None:
         """Return when nothing is being saved. Raises MachineError when the save failed."""
         self._join()
@@ -137,9 +143,16 @@ class Saver:
             else:
                 _make_folder(self._root)
                 self._write(state, staging, retention, size_bytes * state.share.processes)
-                retire_checkpoints(self._root, self._run_id, retention, state.step)
         except OSError as error:
             raise MachineError(self._failed(error, state, size_bytes)) from error
+        try:
+            if state.share.rank == 0:
+                retire_checkpoints(self._root, self._run_id, retention, state.step)
+        except OSError as error:
+            raise MachineError(
+                f"{self._root}: older checkpoints could not be deleted: {error.strerror}; that of step {state.step} is "
+                "good. Mend that, then give the same command again"
+            ) from error
         self.checkpoints += 1
         self.written_seconds += time.perf_counter() - started
         self.size_bytes = size_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bad_input.room import FINE_TUNE, Case, Room
+from tests.faults.bad_input.room import FINE_TUNE, Case, Room
 
 
 def as_it_is(room: Room) -> None:

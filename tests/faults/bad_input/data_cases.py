@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_input.room import GOOD_LINES, Case, Room, both, conversation
+
+from tests.faults.bad_input.room import GOOD_LINES, Case, Room, both, conversation
 
 
 def without_data(room: Room) -> None:

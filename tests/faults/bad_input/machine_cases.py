@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bad_input.room import Case, Room
+from tests.faults.bad_input.room import Case, Room
 
 
 def output_is_a_file(room: Room) -> None:

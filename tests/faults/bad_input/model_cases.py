@@ -8,8 +8,9 @@ import struct
 from collections.abc import Callable
 
 import torch
-from bad_input.room import POSITIONS, Case, Room, both, given
 from safetensors.torch import load_file, save_file
+
+from tests.faults.bad_input.room import POSITIONS, Case, Room, both, given
 
 
 def other_weights(room: Room) -> None:

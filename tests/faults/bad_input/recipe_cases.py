@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bad_input.room import AT, Case, both, given, instead
+from tests.faults.bad_input.room import AT, Case, both, given, instead
 
 RECIPE_CASES = [
     Case("learning rate NaN", lambda room: room.set("training.learning_rate", float("nan")), 2, r"learning_rate"),

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable
 
-from bad_input.room import Case, Room, added, instead
+from tests.faults.bad_input.room import Case, Room, added, instead
 
 
 def text(content: str | bytes) -> Callable[[Room], object]:

@@ -1,0 +1,107 @@
+"""A signal at any moment: the exit code says so, no step is lost, and the same command goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.faults.forks import Fault, Outcome, Story, logged_steps, published
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.faults.conftest import Tally
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SECONDS = 30.0
+
+
+def problems_of(story: Story, folder: Path, ended: Outcome, number: signal.Signals) -> list[str]:
+    """What is wrong with a run that got a signal, and with its continuation."""
+    saved = published(folder)
+    finished = (folder / "run.json").exists() and json.loads((folder / "run.json").read_bytes())["finished"]
+    problems = []
+    allowed = {130 if number == signal.SIGINT else 75}
+    if finished:
+        allowed |= {0, -number}  # it came when everything was done
+    elif not folder.exists():
+        allowed |= {-number}  # or before anything was begun
+    if ended.code not in allowed:
+        problems.append(f"exit code {ended.code}: {ended.said[-300:]}")
+    if logged_steps(folder) != (saved[-1] if saved else 0):
+        problems.append(f"{logged_steps(folder)} steps were done, {saved} are saved")
+    return problems + problems_afterwards(story, folder, saved)
+
+
+def problems_afterwards(story: Story, folder: Path, saved: list[int]) -> list[str]:
+    again = story.forks.run(story.command(folder))
+    if again.code != 0:
+        return [f"afterwards exit code {again.code}: {again.said[-300:]}"]
+    if "already finished" not in again.said and again.continued_after != (saved[-1] if saved else None):
+        return [f"continued after {again.continued_after}, saved were {saved}"]
+    return story.differences(folder, stopped=True)
+
+
+@pytest.mark.goal("A7 SIGTERM, SIGUSR1, SIGINT at a random moment: exit 75 or 130, no step lost")
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 9))])
+def test_a_signal_at_a_random_moment(story: Story, tmp_path: Path, block: int, tally: Tally) -> None:
+    draw = random.Random(block)
+    for index in range(12):
+        folder, number = tmp_path / f"run-{index}", SIGNALS[index % 3]
+        moment = draw.uniform(0.05, 1.1) * story.seconds
+        ended = story.forks.run(story.command(folder), signals=[(moment, number)])
+        problems = [] if ended.seconds - moment < SECONDS else [f"took {ended.seconds - moment:.0f} s to stop"]
+        tally.count(f"{number.name} at {moment:.3f} s", problems + problems_of(story, folder, ended, number))
+        shutil.rmtree(folder, ignore_errors=True)
+    tally.note(at_least=12)
+
+
+PLACES = {
+    "training": ("write", r"metrics\.jsonl$", 7),
+    "evaluation": ("write", r"samples\.jsonl$", 2),
+    "the beginning of a save": ("fsync", r"/run/metrics\.jsonl$", 3),
+    "a save": ("open", r"\.step-000006.*/weights\.safetensors$", 1),
+    "the publishing of a save": ("rename", r"\.step-000006", 1),
+    "retention": ("remove", r"step-.*/weights\.safetensors$", 1),
+    "the last save": ("open", r"\.step-000012.*/weights\.safetensors$", 1),
+    "export": ("open", r"/\.final\..*/README\.md$", 1),
+    "the last word": ("rename", r"/\.summary\.json", 1),
+}
+
+
+@pytest.mark.goal("A7 signals in training, evaluation, each phase of a save, export")
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        pytest.param(where, number, marks=[] if (index + turn) % 3 == 0 else pytest.mark.long)
+        for index, where in enumerate(PLACES)
+        for turn, number in enumerate(SIGNALS)
+    ],
+)
+def test_a_signal_in_each_phase(story: Story, tmp_path: Path, where: str, number: signal.Signals, tally: Tally) -> None:
+    operation, path, at = PLACES[where]
+    folder = tmp_path / "run"
+    fault = Fault(at=at, operation=operation, path=path, signal=number)
+    ended = story.forks.run(story.command(folder), fault=fault)
+    tally.count(f"{number.name} in {where}", problems_of(story, folder, ended, number))
+    tally.note()
+
+
+@pytest.mark.goal("A7 a second SIGINT: stops at once, the last good checkpoint stays good")
+@pytest.mark.parametrize("block", [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, 5))])
+def test_a_second_ctrl_c(story: Story, tmp_path: Path, block: int, tally: Tally) -> None:
+    draw = random.Random(block)
+    for index in range(8):
+        folder = tmp_path / f"run-{index}"
+        moment = draw.uniform(0.2, 1.0) * story.seconds
+        twice = [(moment, signal.SIGINT), (moment + draw.uniform(0, 0.03), signal.SIGINT)]
+        ended = story.forks.run(story.command(folder), signals=twice)
+        problems = [] if ended.code in {130, 0, -signal.SIGINT} else [f"exit code {ended.code}: {ended.said[-300:]}"]
+        problems += problems_afterwards(story, folder, published(folder))
+        tally.count(f"at {moment:.3f} s", problems)
+    tally.note(at_least=8)
