@@ -44,7 +44,7 @@ def test_damage_is_found_and_named(story: Story, tmp_path: Path, flips: int, tal
     assert newest.name == step_name(12)
     assert newest_checkpoint(root, run_id) == (newest, [])
     draw = random.Random(flips)
-    for name in FILES:
+    for name in EVERY_FILE:
         path = newest / name
         content = path.read_bytes()
         for how, changed in mutations(content, draw, flips):
@@ -59,4 +59,4 @@ def test_damage_is_found_and_named(story: Story, tmp_path: Path, flips: int, tal
             tally.count(f"{name} {how}", problems)
         path.write_bytes(content)
     assert newest_checkpoint(root, run_id) == (newest, [])
-    tally.note(at_least=len(FILES) * (flips + 10))
+    tally.note(at_least=len(EVERY_FILE) * (flips + 10))
