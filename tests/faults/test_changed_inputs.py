@@ -21,7 +21,7 @@ from trainkit.errors import CheckpointError
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Recipe, Source
 from trainkit.run_folder import RunFolder
-from trainkit.training.run_record import FITTING, FREE_TO_CHANGE, LENGTH, begin_run, check_continuation
+from trainkit.training.run_record import FITTING, FREE_TO_CHANGE, LENGTH, POLICY, begin_run, check_continuation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -82,7 +82,7 @@ def test_every_key_of_the_schema(small: dict[str, Any], tmp_path: Path, tally: T
     for name, changed in changed_recipes(begun):
         assert isinstance(changed, Recipe)
         names.append(name)
-        free = name.split(".")[0] in FREE_TO_CHANGE or name in LENGTH + FITTING
+        free = name.split(".")[0] in FREE_TO_CHANGE or name in LENGTH + FITTING + POLICY
         try:
             check_continuation(folder, record, changed, data_key="data", base_model="base")
             problems = [] if free else ["accepted"]

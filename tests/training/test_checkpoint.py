@@ -256,6 +256,6 @@ def test_what_an_optimizer_keeps_in_mappings_comes_back(tmp_path: Path) -> None:
     state = replace(state_at(1), optimizer=optimizer)
     copied = state.on_host().optimizer["state"][0]["quantised"]["state1"]
     assert copied.data_ptr() != entry["quantised"]["state1"].data_ptr()  # type: ignore[index]
-    loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, state)).optimizer
+    loaded = load_checkpoint(write_checkpoint(tmp_path, RUN, state)).optimizer_state()
     assert_same(loaded["state"][0], entry)
     assert loaded["param_groups"] == optimizer["param_groups"]

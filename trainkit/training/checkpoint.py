@@ -253,6 +253,9 @@ def write_checkpoint(
         _write_files(folder, {f"part-{share.rank + 1:05d}.json": [_json_bytes(files)]})
         fsync_folder(folder)
         return final
+    if problems_of(final, run_id) is None:  # published by a try that failed after its rename
+        fsync_folder(root)
+        return final
     folder.mkdir()
     try:
         _write_files(folder, {OWNER: [_owner_bytes(run_id, state.step)]})
