@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.reliability import measure_reliability, table
 
             found = measure_reliability(options)
+        elif options.verb == "scale":
+            from benchmarks.scale import measure_scale, table
+
+            found = measure_scale(options)
         else:
             from benchmarks.micro_batch import measure_micro_batches, table
 
@@ -108,7 +112,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     reliability.add_argument("--quick", action="store_true", help="a short run: seconds, and no result")
     reliability.add_argument("--json", action="store_true", help="print one JSON object")
+    scale = verbs.add_parser(
+        "scale",
+        help="memory and time of a step on 8 to 1,024 GPUs, on paper; packing in shards, measured",
+        description="Llama of 8B, 70B and 405B, in full and by LoRA: memory of one GPU by the estimator, time by "
+        "stated speeds; published runs beside the same arithmetic; packing in shards. Markdown tables.",
+    )
+    _add_scale(scale)
     return parser
+
+
+def _add_scale(scale: argparse.ArgumentParser) -> None:
+    from benchmarks.scale import GPUS, MODELS, ROW_TOKENS, TOKENS_PER_STEP, TRAINS
+
+    scale.add_argument("--part", choices=("steps", "published", "limits", "packing"), help="one part (default: all)")
+    scale.add_argument("--model", action="append", choices=MODELS, help="may be repeated (default: all)")
+    scale.add_argument("--trains", action="append", choices=TRAINS, help="may be repeated (default: both)")
+    scale.add_argument("--gpus", action="append", type=int, help=f"may be repeated (default: {GPUS[0]} to {GPUS[-1]})")
+    scale.add_argument("--sequence-length", type=int, default=ROW_TOKENS, help=f"of a row (default: {ROW_TOKENS:,})")
+    scale.add_argument(
+        "--tokens-per-step", type=int, default=TOKENS_PER_STEP, help=f"over all GPUs (default: {TOKENS_PER_STEP:,})"
+    )
+    scale.add_argument("--material", metavar="DIR", help=MATERIAL_HELP)
+    scale.add_argument("--quick", action="store_true", help="packing: a few thousand documents, and no result")
+    scale.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_positions(positions: argparse.ArgumentParser) -> None:

@@ -103,6 +103,8 @@ def read_launch_file(file: str) -> Launch:
         raise UsageError(f"{file}: distributed_type: {kind} is not supported; one of {', '.join(KINDS)}")
     if str(config.mixed_precision or "no") != "no":
         raise UsageError(f'{file}: mixed_precision: leave it "no"; `precision` in the recipe decides')
+    if getattr(config, "parallelism_config", None):
+        raise UsageError(f"{file}: parallelism_config: has no effect here; docs/scale.md says what to take instead")
     machines, total = int(config.num_machines or 1), int(config.num_processes or 1)
     if total < 1 or total % machines:
         raise UsageError(f"{file}: num_processes: {total} is the number on all {machines} machines together")

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-COLLECTIVE_SECONDS = 600  # a process that does not answer for so long is taken for dead
+# A process that does not answer for so long is taken for dead; those of a machine load their models one by one.
+COLLECTIVE_SECONDS = 1800
 
 
 def device_of_this_process() -> torch.device:
