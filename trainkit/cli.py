@@ -23,7 +23,7 @@ import typer
 from trainkit import __version__
 from trainkit.console import Console
 from trainkit.errors import DataError, RecipeErrors, Stopped, TrainkitError, UsageError
-from trainkit.launched import is_first_to_fail, launched, terminal
+from trainkit.launched import has_our_launcher, is_first_to_fail, launched, terminal
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
 from trainkit.recipe.schema import Packing
@@ -462,6 +462,8 @@ def _failed(error: Exception, session: Session) -> int:
     """Say what went wrong; what comes back is the exit code."""
     if isinstance(error, TrainkitError):
         code = EXIT_CTRL_C if isinstance(error, Stopped) and error.by_keyboard else error.exit_code
+        if isinstance(error, Stopped) and error.launcher_tells and has_our_launcher():
+            return code
         lines = error.lines if isinstance(error, RecipeErrors) else [str(error).replace("\n", "\\n")]
         return _say(error, lines, code, session, below=error.example if isinstance(error, DataError) else ())
     if hasattr(error, "format_message"):
@@ -529,9 +531,11 @@ def _reader_has_left(descriptor: int) -> bool:
 
 def _bug(error: Exception, session: Session) -> int:
     """Write the traceback where it can be found, and say so in one line."""
+    if not is_first_to_fail(EXIT_BUG):
+        return EXIT_BUG
     what = f"{type(error).__name__}: {' '.join(without_secrets(str(error)).split())}"[:120]
     text = f"trainkit {__version__}, Python {sys.version.split()[0]}\n{_traceback(error)}"
-    console = Console()
+    console = Console(stderr=terminal())
     for path in _crash_files(session.run_folder):
         with contextlib.suppress(OSError):
             path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -9,6 +9,7 @@
     ├── CheckpointError  6        a checkpoint, or a resume that does not match
     ├── DivergedError    7        a loss, gradient or weight that is not finite; updates that change nothing
     └── Stopped      75 / 130     a signal, with the state saved (75), or Ctrl+C (130)
+        └── LostProcessError 75   another process of the run is gone
 
 Any other exception is a bug of trainkit: exit code 1, the traceback goes to a file, one line says where.
 
@@ -84,10 +85,24 @@ class Stopped(TrainkitError):  # noqa: N818 - a stop is no error of the run
     """A signal ended the run and its state is saved.
 
     The exit code depends on the signal: 130 for Ctrl+C, 75 (EX_TEMPFAIL, "try again") for any other.
+    ``launcher_tells``: a launcher of ours knows more of the reason than the process that it stopped, and says it.
     """
 
     exit_code = 75
 
-    def __init__(self, message: str, *, by_keyboard: bool) -> None:
+    def __init__(self, message: str, *, by_keyboard: bool, launcher_tells: bool = False) -> None:
         super().__init__(message)
         self.by_keyboard = by_keyboard
+        self.launcher_tells = launcher_tells
+
+
+class LostProcessError(Stopped):
+    """Another process of the run is gone or does not answer. Why, is for that one to say, or for who started it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of this run is gone or does not answer, so this one stopped too; the same command "
+            "continues from the newest checkpoint",
+            by_keyboard=False,
+            launcher_tells=True,
+        )

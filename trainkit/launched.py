@@ -35,6 +35,8 @@ class Launched:
 
 
 ALONE = Launched()
+OUR_LAUNCHER = "TRAINKIT_LAUNCHER"  # its process id, for the processes that it starts
+LAUNCH_FILE = "TRAINKIT_LAUNCH_FILE"  # what it was given
 
 
 def launched() -> Launched:
@@ -73,6 +75,17 @@ def send_output_to(path: Path) -> None:
 def terminal() -> TextIO:
     """Where a message for people goes: stderr as it was when the process began."""
     return _terminals[0] if _terminals else sys.stderr
+
+
+def has_our_launcher() -> bool:
+    """Whether ``trainkit fine-tune --launch`` started this process; see :mod:`trainkit.commands.launch`."""
+    return os.environ.get(OUR_LAUNCHER) == str(os.getppid())
+
+
+def launch_option() -> tuple[str, ...]:
+    """What belongs on a command line that is to start the same processes again; nothing under another launcher."""
+    file = os.environ.get(LAUNCH_FILE) if has_our_launcher() else None
+    return ("--launch", file) if file else ()
 
 
 def is_first_to_fail(exit_code: int) -> bool:

@@ -17,8 +17,9 @@ import torch
 
 from tests.training.test_checkpoint import RUN, assert_same, state_at
 from trainkit.errors import MachineError
+from trainkit.run_folder import fsync_folder
 from trainkit.training import checkpoint, saving
-from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint
+from trainkit.training.checkpoint import Share, TrainingState, load_checkpoint, newest_checkpoint
 from trainkit.training.retention import Retention
 from trainkit.training.saving import SMALL_FILES_BYTES, Saver, check_space
 
@@ -226,3 +227,58 @@ def test_a_deletion_that_fails_is_said_as_what_it_is(tmp_path: Path, monkeypatch
             saver.wait()
         saver.tidy(KEEP, newest_step=1)
     assert newest_checkpoint(tmp_path, RUN) == (tmp_path / "step-000001", [])
+
+
+# Shares of several processes
+
+
+def shared(rank: int, step: int = 1) -> TrainingState:
+    """A state of which each of two processes holds one row of every tensor."""
+    return replace(state_at(step), share=Share(rank, 2, {"weight": (rank, 2), "bias": (rank, 2)}, {}))
+
+
+def test_once_its_list_is_there_a_process_touches_the_folder_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process may have given it its final name by then."""
+    (tmp_path / "staging").mkdir()
+    seen = []
+
+    def looking(folder: Path) -> None:
+        seen.append(sorted(path.name for path in folder.iterdir()))
+        fsync_folder(folder)
+
+    monkeypatch.setattr(checkpoint, "fsync_folder", looking)
+    checkpoint.write_checkpoint(tmp_path, RUN, shared(rank=1), staging="staging")
+    assert seen == [["optimizer-00002-of-00002.safetensors", "weights-00002-of-00002.safetensors"]]
+    assert "part-00002.json" in names(tmp_path / "staging")
+
+
+def test_the_share_of_a_process_that_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = time.monotonic()
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:6071")
+    saver = Saver(tmp_path / "checkpoints", RUN)
+    saver.save(shared(rank=0), KEEP)
+    saver.__exit__(RuntimeError, lost, None)
+    assert time.monotonic() - started < 60
+    assert names(tmp_path / "checkpoints") == []
+
+
+def test_shares_that_went_with_a_full_disk_are_not_waited_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the others wrote is in the folder that was deleted; older checkpoints stay as they are."""
+    with Saver(tmp_path, RUN) as saver:
+        for step in (1, 2):
+            saver.save(state_at(step), KEEP)
+        saver.wait()
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(saving, "write_checkpoint", full)
+        saver.save(shared(rank=0, step=3), Retention(keep_last=1))
+        with pytest.raises(MachineError, match=r"the checkpoint of step 3 .* could not be saved: No space left"):
+            saver.wait()
+    assert names(tmp_path) == ["step-000001", "step-000002"]

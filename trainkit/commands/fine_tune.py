@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ from trainkit.console import Console, TrainingView
 from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
-from trainkit.errors import CheckpointError, DataError, DivergedError, MachineError, Stopped
-from trainkit.launched import Launched, launched, send_output_to
+from trainkit.errors import CheckpointError, DataError, DivergedError, LostProcessError, MachineError, Stopped
+from trainkit.launched import Launched, launch_option, launched, send_output_to
 from trainkit.memory.fit import advice_after_failure, fit
 from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
 from trainkit.model.export import save_result, verify_result, verify_tokenizer
@@ -39,6 +39,7 @@ from trainkit.training.processes import (
     any_of,
     device_of_this_process,
     from_first,
+    is_of_lost_process,
     make_accelerator,
     prepares_alone,
 )
@@ -77,15 +78,11 @@ def fine_tune(read: ReadRecipe, *, fresh: bool, json_output: bool) -> None:
         try:
             console.result(_run(read, here, fresh=fresh, console=console, interruption=interruption))
         except KeyboardInterrupt:
-            raise _stopped(interruption, "before training began or went on", "nothing is lost") from None
+            raise _stopped(interruption, "before training began or went on", "nothing is lost", early=True) from None
         except (RuntimeError, OSError) as error:
-            if here.processes == 1 or not _is_of_a_lost_process(error):
+            if not is_of_lost_process(error):
                 raise
-            raise Stopped(
-                "another process of this run is gone or does not answer, so this one stopped too; the same command "
-                "continues from the newest checkpoint",
-                by_keyboard=False,
-            ) from error
+            raise LostProcessError from error
 
 
 def _run(
@@ -113,7 +110,8 @@ def _run(
             stack.enter_context(locked(folder))
             earlier = None if fresh else _earlier_run(folder, recipe, base, data)
             start = _start(recipe, folder, earlier, base, data, device, here, console, fresh=fresh)
-        accelerator = make_accelerator()
+        with interruption.ending_at_once() if here.processes > 1 else nullcontext():
+            accelerator = make_accelerator()
         start = Start(**from_first(accelerator, asdict(start)))
         if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
@@ -207,21 +205,13 @@ def _check_steps_left(recipe: Recipe, folder: RunFolder, done: int, rows: int) -
         )
 
 
-def _is_of_a_lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process did not take part in a collective."""
-    import torch.distributed
-
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    text = str(error).lower()
-    return any(word in text for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))
-
-
-def _stopped(interruption: Interruption, when: str, state: str) -> Stopped:
+def _stopped(interruption: Interruption, when: str, state: str, *, early: bool = False) -> Stopped:
     """What ends a run that a signal stopped at once."""
     signal = interruption.received or Signals.SIGINT
     return Stopped(
-        f"{signal.name} {when}: {state}; the same command goes on from here", by_keyboard=signal is Signals.SIGINT
+        f"{signal.name} {when}: {state}; the same command goes on from here",
+        by_keyboard=signal is Signals.SIGINT,
+        launcher_tells=early,
     )
 
 
@@ -397,7 +387,9 @@ class Run:
         """Train what is left behind ``checkpoint``, save and verify the result, and return the summary."""
         try:
             self._train_and_record(checkpoint)
-        except KeyboardInterrupt:  # the second Ctrl+C, which waits for nothing, or one before the first step
+        except KeyboardInterrupt as error:  # the second Ctrl+C, which waits for nothing, or one before the first step
+            if is_of_lost_process(error.__context__):  # the launcher stopped this process as well
+                raise LostProcessError from error
             raise _stopped(self.interruption, "stopped the run at once", self._newest()) from None
         try:
             return self._finish()
@@ -552,10 +544,11 @@ class Run:
         self.saver.wait()
         self.trainer.accelerator.wait_for_everyone()
         counters = self.trainer.counters
+        command = shlex.join(["trainkit", "fine-tune", str(self.folder.recipe), *launch_option()])
         raise Stopped(
             f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in "
             f"{self.folder.checkpoints / step_name(counters.step)}; "
-            f"to continue: trainkit fine-tune {shlex.quote(str(self.folder.recipe))}",
+            f"to continue: {command}",
             by_keyboard=signal is Signals.SIGINT,
         )
 

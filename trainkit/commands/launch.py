@@ -9,22 +9,41 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit.errors import MachineError, Stopped, UsageError
-from trainkit.launched import first_exit_code
+import yaml
+
+from trainkit.errors import LostProcessError, MachineError, Stopped, UsageError
+from trainkit.launched import LAUNCH_FILE, OUR_LAUNCHER, first_exit_code
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import FrameType
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 EXIT_RESUMABLE, EXIT_CTRL_C = 75, 130
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
+NUMBERS = {"num_machines", "num_processes", "machine_rank", "main_process_port"}
+READ = NUMBERS | {"distributed_type", "main_process_ip", "use_cpu", "gpu_ids", "fsdp_config", "mixed_precision"}
+WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {  # what `accelerate config` writes where nothing was asked for
+    "compute_environment": ("LOCAL_MACHINE",),
+    "debug": (False,),
+    "downcast_bf16": ("no", False),
+    "enable_cpu_affinity": (False,),
+    "main_training_function": ("main",),
+    "rdzv_backend": ("static",),
+    "same_network": (True,),
+    "tpu_env": ([],),
+    "tpu_use_cluster": (False,),
+    "tpu_use_sudo": (False,),
+}
 SAVING_SECONDS = 600  # after a signal processes have this long to save before they are killed
 MEETING_SECONDS = 900  # machines may be started one after another
 
@@ -52,9 +71,12 @@ def launch(file: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what failed says so itself
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed says so itself
     os.environ.update(wanted.environment)
+    os.environ |= {OUR_LAUNCHER: str(os.getpid()), LAUNCH_FILE: str(Path(file).resolve())}
+    if wanted.machines > 1 and (interface := _interface_towards(wanted.address, wanted.port)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)
     with tempfile.TemporaryDirectory(prefix="trainkit-launch-") as logs:
         options: dict[str, Any] = {
@@ -67,19 +89,22 @@ def launch(file: str, arguments: Sequence[str]) -> int:
             "rdzv_backend": "static" if wanted.machines > 1 else "c10d",
             "rdzv_endpoint": f"{wanted.address}:{wanted.port}" if wanted.machines > 1 else "localhost:0",
             "rdzv_configs": {"rank": wanted.machine, "timeout": MEETING_SECONDS},
-            "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            "signals_to_handle": "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
         }
         known = {field.name for field in fields(LaunchConfig)}
         config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
         try:
-            elastic_launch(config, sys.executable)("-m", "trainkit", *arguments)
+            with _ctrl_c_passed_on():
+                elastic_launch(config, sys.executable)("-m", "trainkit", *arguments)
         except ChildFailedError as error:
             return _exit_code(error)
         except SignalException as error:
-            received = signal.Signals(error.sigval)
+            by_keyboard = error.sigval is signal.SIGINT
+            if first_exit_code() is not None:
+                return EXIT_CTRL_C if by_keyboard else EXIT_RESUMABLE
             raise Stopped(
-                f"{received.name}: every process was told to save and stop; the same command goes on from there",
-                by_keyboard=received is signal.SIGINT,
+                f"{error.sigval.name} before a process had anything to save; the same command goes on from here",
+                by_keyboard=by_keyboard,
             ) from None
         except (OSError, RuntimeError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
@@ -94,10 +119,16 @@ def read_launch_file(file: str) -> Launch:
     from accelerate.commands.config.config_args import load_config_from_file
 
     try:
+        written = yaml.safe_load(Path(file).read_bytes())
+        _check_keys(file, written)
         config: Any = load_config_from_file(file)
+    except UsageError:
+        raise
     except Exception as error:  # whatever its reader makes of a file that is none
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UsageError(f"{file}: is no launch file of Accelerate's: {reason}") from error
+    machines, total = int(config.num_machines or 1), int(config.num_processes)
+    machine, port = int(config.machine_rank or 0), int(config.main_process_port or 0)
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     if kind not in KINDS:
         raise UsageError(f"{file}: distributed_type: {kind} is not supported; one of {', '.join(KINDS)}")
@@ -105,20 +136,33 @@ def read_launch_file(file: str) -> Launch:
         raise UsageError(f'{file}: mixed_precision: leave it "no"; `precision` in the recipe decides')
     if getattr(config, "parallelism_config", None):
         raise UsageError(f"{file}: parallelism_config: has no effect here; docs/scale.md says what to take instead")
-    machines, total = int(config.num_machines or 1), int(config.num_processes or 1)
-    if total < 1 or total % machines:
-        raise UsageError(f"{file}: num_processes: {total} is the number on all {machines} machines together")
-    if machines > 1 and not (config.main_process_ip and config.main_process_port):
+    if total < 1 or machines < 1 or total % machines:
+        raise UsageError(
+            f"{file}: num_processes: {total} is no number of processes for {machines} machines; it counts those on all "
+            "of them, the same number on each"
+        )
+    if not 0 <= machine < machines:
+        raise UsageError(f"{file}: machine_rank: {machine} of {machines} machines; they count from 0")
+    if machines > 1 and not (config.main_process_ip and port):
         raise UsageError(f"{file}: main_process_ip and main_process_port: needed where there are several machines")
     processes = total // machines
     return Launch(
         machines=machines,
-        machine=int(config.machine_rank or 0),
+        machine=machine,
         processes=processes,
         address=str(config.main_process_ip or "localhost"),
-        port=int(config.main_process_port or 0),
+        port=port,
         environment=_environment(config, kind, processes, file),
     )
+
+
+def _check_keys(file: str, written: Mapping[str, Any]) -> None:
+    """Raise UsageError for a key that would have no effect, and for a word where a number belongs."""
+    for key, value in written.items():
+        if key not in READ and value not in WITHOUT_EFFECT.get(key, ()):
+            raise UsageError(f"{file}: {key}: has no effect here; take it out")
+        if key in NUMBERS and not isinstance(value, int):
+            raise UsageError(f"{file}: {key}: {value!r} is no whole number")
 
 
 def _environment(config: Any, kind: str, processes: int, file: str) -> dict[str, str]:
@@ -141,17 +185,73 @@ def _environment(config: Any, kind: str, processes: int, file: str) -> dict[str,
     return found
 
 
+def _interface_towards(address: str, port: int) -> str | None:
+    """The network interface by which this machine reaches that address; None where it does not. Nothing is sent.
+
+    gloo would take the one that the machine's own name stands for, which on many is the loopback.
+    """
+    import psutil
+
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, ends in interfaces if any(end.address == own for end in ends)), None)
+
+
+@contextmanager
+def _ctrl_c_passed_on() -> Iterator[None]:
+    """The first Ctrl+C ends the launch as other signals do; a second one goes to the processes, which obey it at once.
+
+    They are in sessions of their own, so that a terminal does not reach them; and the agent, once it has passed on a
+    first signal, only waits.
+    """
+    import psutil
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    pressed = 0
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed == 1:
+            raise SignalException("Ctrl+C", signal.SIGINT)
+        for process in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _exit_code(error: ChildFailedError) -> int:
-    """That of the process whose message was printed; where a signal killed one, that is said, and it can go on."""
-    rank, failure = error.get_first_failure()
-    code, said = failure.exitcode, first_exit_code()
-    if code >= 0:
-        return code if said is None else said
+    """That of the process whose message was printed; where none said why it ended, that is said here."""
+    said = first_exit_code()
+    if said is not None:
+        return said
+    # In the order in which they ended; those that the agent stopped in turn come last.
+    killed = [(rank, -failure.exitcode) for rank, failure in error.failures.items() if failure.exitcode < 0]
+    if killed:
+        rank, number = killed[0]
+        _say(
+            f"process {rank} was killed ({signal.Signals(number).name}), and the others were stopped; the same command "
+            "continues from the newest checkpoint"
+        )
+        return EXIT_CTRL_C if number == signal.SIGINT else EXIT_RESUMABLE
+    _, failure = error.get_first_failure()
+    if failure.exitcode == EXIT_RESUMABLE:
+        _say(f"{LostProcessError()}")
+    return int(failure.exitcode)
+
+
+def _say(line: str) -> None:
     from trainkit.console import Console
 
-    name = signal.Signals(-code).name
-    Console().error(
-        f"process {rank} was killed ({name}), and the others were stopped; the same command continues from the newest "
-        "checkpoint"
-    )
-    return EXIT_CTRL_C if -code == signal.SIGINT else EXIT_RESUMABLE
+    Console().error(line)

@@ -250,8 +250,8 @@ def write_checkpoint(
     if share.rank:
         _wait_for(folder, should_stop)
         files = _write_files(folder, _tensor_files(state, should_stop))
+        fsync_folder(folder)  # not later: once the list is there, the first process gives the folder its final name
         _write_files(folder, {f"part-{share.rank + 1:05d}.json": [_json_bytes(files)]})
-        fsync_folder(folder)
         return final
     if problems_of(final, run_id) is None:  # published by a try that failed after its rename
         fsync_folder(root)

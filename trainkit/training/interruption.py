@@ -51,6 +51,17 @@ class Interruption:
         finally:
             self._deferring = False
 
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """In here a signal ends the process without a word, even while a library waits and lets no handler run."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         before, self.received = self.received, signal.Signals(number)
         if not self._deferring or (before is signal.SIGINT and number == signal.SIGINT):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # A process that does not answer for so long is taken for dead; those of a machine load their models one by one.
 COLLECTIVE_SECONDS = 1800
 
+SIGNS_OF_LOSS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+
 
 def device_of_this_process() -> torch.device:
     """The device that Accelerate will take, known before any process group exists."""
@@ -46,14 +48,34 @@ def make_accelerator() -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    processes = launched().processes
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_SECONDS))
     try:
-        return Accelerator(mixed_precision="no", kwargs_handlers=[timeout])
+        # Of several processes on a CPU it makes none of a group, unless it is told that they are to be on the CPU.
+        on_cpu = processes > 1 and device_of_this_process().type == "cpu"
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[timeout])
     except (ValueError, RuntimeError) as error:
-        if launched().processes == 1:
+        if processes == 1:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise MachineError(f"{launched().processes} processes were launched and did not meet: {reason}") from error
+        raise MachineError(f"{processes} processes were launched and did not meet: {reason}") from error
+    if accelerator.num_processes != processes:
+        raise MachineError(f"{processes} processes were launched, and {accelerator.num_processes} met")
+    return accelerator
+
+
+def is_of_lost_process(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came in the way of, says that another process took no part in a collective."""
+    if launched().processes == 1:
+        return False
+    while error is not None:
+        words = str(error).lower()
+        if isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError | OSError) and any(sign in words for sign in SIGNS_OF_LOSS)
+        ):
+            return True
+        error = error.__context__
+    return False
 
 
 def prepares_alone(cache: Path) -> AbstractContextManager[None]:

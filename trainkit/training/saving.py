@@ -26,6 +26,7 @@ from trainkit.training.checkpoint import (
     step_folders,
     write_checkpoint,
 )
+from trainkit.training.processes import is_of_lost_process
 from trainkit.training.retention import Retention, delete_oldest, retire_checkpoints
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Saver:
 
     With several processes that hold shares of the tensors, each has a Saver, and ``from_first`` brings all of them what
     the first one gives. A context manager: leaving it waits for a save under way, unless the reason is the second
-    Ctrl+C, which waits for nothing.
+    Ctrl+C, which waits for nothing, or a process that is gone and would be waited for.
 
     ``paused_seconds`` is the time in which no step ran because of saving; ``checkpoints`` were committed, which took
     ``written_seconds``, beside training or not; ``size_bytes`` are the tensors of the last, and
@@ -62,6 +63,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._abandoned = threading.Event()
+        self._shared = False
         self.paused_seconds = 0.0
         self.written_seconds = 0.0
         self.checkpoints = 0
@@ -74,7 +76,7 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) or (self._shared and is_of_lost_process(error)):
             self._abandoned.set()
         self._join()
 
@@ -86,6 +88,7 @@ class Saver:
         started = time.perf_counter()
         self.wait()
         first = state.share.rank == 0
+        self._shared = state.share.processes > 1
         staging = self._from_first(staging_name(self._root, self._run_id, state.step) if first else None)
         if staging is None:
             return 0.0
@@ -160,10 +163,14 @@ class Saver:
     def _write(self, state: TrainingState, staging: str, retention: Retention, size_bytes: int) -> None:
         """Write the checkpoint; where there is no room for it, older ones that need not stay go first."""
         while True:
+            begun = False
             try:
                 _check_room(self._root, size_bytes)
+                begun = True
                 write_checkpoint(self._root, self._run_id, state, self._abandoned.is_set, staging)
             except OSError as error:
+                if begun and self._shared:  # what the others wrote is gone with the unfinished folder
+                    raise
                 if error.errno not in FULL or not delete_oldest(self._root, self._run_id, retention, state.step):
                     raise
             else:
