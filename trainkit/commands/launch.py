@@ -66,6 +66,7 @@ def launch(file: str, arguments: Sequence[str]) -> int:
     The message of that one has been printed when this returns. Raises UsageError for a file that cannot be used,
     MachineError when the processes cannot be started, Stopped when a signal ended them all.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is loaded, here and in each process
     wanted = read_launch_file(file)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
