@@ -21,10 +21,10 @@ from trainkit.cli import run
 from trainkit.memory.fit import Fit
 from trainkit.model.loss import LossModel
 from trainkit.training import loop
-from trainkit.training.processes import sums
+from trainkit.training.step import _counts_over_all_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
@@ -340,11 +340,12 @@ def test_too_many_steps_without_an_update_end_the_run(room: Room, capfd: Said) -
 def test_a_step_without_a_token_to_train_is_an_error(room: Room, capfd: Said) -> None:
     steps = iter(range(1, 10**6))
 
-    def counts(accelerator: Any, numbers: Sequence[float]) -> list[float]:
-        of_a_step = len(numbers) == 2  # trained tokens and tokens; the loss is one number
-        return [0, 40] if of_a_step and next(steps) >= 3 else sums(accelerator, numbers)
+    really = _counts_over_all_processes
 
-    room.monkeypatch.setattr("trainkit.training.step.sums", counts)
+    def counts(*given: Any) -> tuple[int, int]:
+        return really(*given) if next(steps) < 3 else (0, 40)
+
+    room.monkeypatch.setattr("trainkit.training.step._counts_over_all_processes", counts)
     assert room.fine_tune() == 3
     line = only_error(capfd)
     assert re.match(r"error: step 3: no trained token in a whole step \(rows: train\.jsonl:.* and 1 more\); ", line), (

@@ -132,7 +132,11 @@ def _metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _versions() -> str:
-    known = [("trainkit", trainkit.__version__), *((name, importlib.metadata.version(name)) for name in LIBRARIES)]
+    import torch
+
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    versions |= {"torch": torch.__version__}  # which says which build it is, where its package does not
+    known = [("trainkit", trainkit.__version__), *versions.items()]
     return ", ".join(f"{name} {version}" for name, version in known)
 
 

@@ -35,7 +35,8 @@ def describe_environment(
         "trainkit": trainkit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        # torch itself says which build it is, where its package does not.
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "device": device.type,
         "devices": devices,
         "cpu_cores": os.cpu_count(),

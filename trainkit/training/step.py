@@ -104,8 +104,7 @@ def training_step(
     itself failed.
     """
     started = time.perf_counter()
-    counts = [sum(batch.trained_tokens for batch in micro_batches), sum(batch.tokens for batch in micro_batches)]
-    trained_tokens, tokens = (int(count) for count in sums(run.accelerator, counts))
+    trained_tokens, tokens = _counts_over_all_processes(run.accelerator, micro_batches)
     if trained_tokens == 0:
         raise DataError(f"no trained token in a whole step (rows: {describe_rows()}); nothing would be learned from it")
 
@@ -145,6 +144,15 @@ def batch_on(
         batch.position_ids_RT.to(device),
         batch.segment_lengths,
     )
+
+
+def _counts_over_all_processes(accelerator: Accelerator, micro_batches: Sequence[Batch]) -> tuple[int, int]:
+    counts = torch.tensor(
+        [sum(batch.trained_tokens for batch in micro_batches), sum(batch.tokens for batch in micro_batches)],
+        device=accelerator.device,
+    )
+    trained_tokens, tokens = accelerator.reduce(counts, reduction="sum").tolist()
+    return trained_tokens, tokens
 
 
 def _accumulate(
