@@ -106,3 +106,12 @@ class LostProcessError(Stopped):
             by_keyboard=False,
             launcher_tells=True,
         )
+
+
+def first_line(error: BaseException, limit: int = 120) -> str:
+    r"""The first line of what another library says, cut to ``limit`` characters; its type where it says nothing.
+
+    >>> first_line(ValueError("no such thing\nat all")), first_line(KeyError())
+    ('no such thing', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainkit.errors import LostProcessError, MachineError, Stopped, UsageError
+from trainkit.errors import LostProcessError, MachineError, Stopped, UsageError, first_line
 from trainkit.launched import LAUNCH_FILE, OUR_LAUNCHER, first_exit_code
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def launch(file: str, arguments: Sequence[str]) -> int:
                 by_keyboard=by_keyboard,
             ) from None
         except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            reason = first_line(error)
             raise MachineError(f"{file}: the processes could not be started: {reason}") from error
     return 0
 
@@ -126,7 +126,7 @@ def read_launch_file(file: str) -> Launch:
     except UsageError:
         raise
     except Exception as error:  # whatever its reader makes of a file that is none
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error, 160)
         raise UsageError(f"{file}: is no launch file of Accelerate's: {reason}") from error
     machines, total = int(config.num_machines or 1), int(config.num_processes)
     machine, port = int(config.machine_rank or 0), int(config.main_process_port or 0)
@@ -135,8 +135,6 @@ def read_launch_file(file: str) -> Launch:
         raise UsageError(f"{file}: distributed_type: {kind} is not supported; one of {', '.join(KINDS)}")
     if str(config.mixed_precision or "no") != "no":
         raise UsageError(f'{file}: mixed_precision: leave it "no"; `precision` in the recipe decides')
-    if getattr(config, "parallelism_config", None):
-        raise UsageError(f"{file}: parallelism_config: has no effect here; docs/scale.md says what to take instead")
     if total < 1 or machines < 1 or total % machines:
         raise UsageError(
             f"{file}: num_processes: {total} is no number of processes for {machines} machines; it counts those on all "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from trainkit.errors import ModelError, TrainkitError
+from trainkit.errors import ModelError, TrainkitError, first_line
 from trainkit.memory.event_log import TRACED
 from trainkit.memory.four_bit import FourBitLinear, quantise
 from trainkit.model.adapters import attach_adapter, trained_share
@@ -86,7 +86,7 @@ def parse_config(config: Mapping[str, Any]) -> Any:
         with quiet_libraries():
             parsed = CONFIG_MAPPING[kind](**values)
     except Exception as error:  # validation differs from class to class
-        raise ModelError(f"config.json of {kind}: {_first_line(error)}") from error
+        raise ModelError(f"config.json of {kind}: {first_line(error, 160)}") from error
     if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(parsed.get_text_config()) not in (
         MODEL_FOR_CAUSAL_LM_MAPPING
     ):
@@ -194,7 +194,9 @@ def _on_meta(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
     except TrainkitError:
         raise
     except Exception as error:  # whatever a model class makes of a config that does not fit
-        raise ModelError(f"config.json of {config.model_type}: no model can be built: {_first_line(error)}") from error
+        raise ModelError(
+            f"config.json of {config.model_type}: no model can be built: {first_line(error, 160)}"
+        ) from error
     return model
 
 
@@ -272,7 +274,3 @@ def trained_counts(module: nn.Module) -> dict[str, int]:
     )
     added = sum(parameter.numel() for name, parameter in module.named_parameters() if "lora_" in name)
     return {"own": share.total + packed - added, "trained": share.trained}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainkit.errors import MachineError, ModelError, UsageError
+from trainkit.errors import MachineError, ModelError, UsageError, first_line
 from trainkit.run_folder import expanded, leads_out
 
 if TYPE_CHECKING:
@@ -162,5 +162,5 @@ def _hub_failures(name: str, revision: str | None) -> Iterator[None]:
             raise MachineError(
                 f"model.name: the disk is full while {name} is fetched; set HF_HOME elsewhere"
             ) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)
         raise ModelError(f"model.name: {name} cannot be fetched from the hub ({reason}); try again, {local}") from error

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from trainkit.data.batches import attention_work, empty_batch, epoch_order, make_batch, share_out
-from trainkit.errors import CheckpointError, DataError, DivergedError
+from trainkit.errors import CheckpointError, DataError, DivergedError, first_line
 from trainkit.model.sharding import give_back, is_shard, local_part, part_like, rows_of_part
 from trainkit.training.checkpoint import Share, TrainingState, leaves
 from trainkit.training.faults import Fault, check_may_skip, describe_rows, find_fault, first_not_finite
@@ -216,8 +216,7 @@ class Trainer:
             self.optimizer.load_state_dict(state.optimizer_state(self._moment_reader(state)))
         except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"the checkpoint of step {state.step} does not fit this run: {str(error).splitlines()[0][:120]}; "
-                "--fresh begins anew"
+                f"the checkpoint of step {state.step} does not fit this run: {first_line(error)}; --fresh begins anew"
             ) from error
         if self.scaler is not None and state.scaler is not None:
             self.scaler.load_state_dict(dict(state.scaler))

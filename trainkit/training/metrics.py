@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from trainkit.errors import CheckpointError, MachineError
+from trainkit.errors import CheckpointError, MachineError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -217,12 +217,12 @@ class TrackerThread:
             try:
                 tracker.log(step, numbers)
             except Exception as error:  # whatever a tracker's own library may raise: training must not end for it
-                self.failure = f"failed at step {step} and is left out: {_one_line(error)}"
+                self.failure = f"failed at step {step} and is left out: {first_line(error)}"
         if self.failure is None:
             try:
                 tracker.finish()
             except Exception as error:  # as above: the run is complete without it
-                self.failure = f"failed at the end: {_one_line(error)}"
+                self.failure = f"failed at the end: {first_line(error)}"
         self._ended.set()
 
 
@@ -294,7 +294,7 @@ def open_trackers(
         except Exception as error:  # whatever its library raises when it finds no login, server or room
             Trackers(started, on_failure).finish()
             raise MachineError(
-                f"tracking: {name} could not be started ({_one_line(error)}); mend that, or take it out of `tracking`"
+                f"tracking: {name} could not be started ({first_line(error)}); mend that, or take it out of `tracking`"
             ) from error
     return Trackers(started, on_failure)
 
@@ -367,9 +367,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _one_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind when it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__

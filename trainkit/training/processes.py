@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.errors import MachineError
+from trainkit.errors import MachineError, first_line
 from trainkit.launched import launched
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def make_accelerator() -> Accelerator:
     except (ValueError, RuntimeError) as error:
         if processes == 1:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)
         raise MachineError(f"{processes} processes were launched and did not meet: {reason}") from error
     if accelerator.num_processes != processes:
         raise MachineError(f"{processes} processes were launched, and {accelerator.num_processes} met")

@@ -78,7 +78,7 @@ class Saver:
     ) -> None:
         if isinstance(error, KeyboardInterrupt) or (self._shared and is_of_lost_process(error)):
             self._abandoned.set()
-        self._join()
+        self.settle()
 
     def save(self, state: TrainingState, retention: Retention) -> float:
         """Begin to save ``state``; returns how many seconds training paused for it.
@@ -111,12 +111,8 @@ class Saver:
 
     def wait(self) -> None:
         """Return when nothing is being saved. Raises MachineError when the save failed."""
-        self._join()
+        self.settle()
         self.check()
-
-    def settle(self) -> None:
-        """Return when nothing is being saved; a failure is kept for :meth:`check`."""
-        self._join()
 
     def check(self) -> None:
         """Raise MachineError when a save beside training has failed."""
@@ -124,7 +120,8 @@ class Saver:
         if failure is not None:
             raise failure
 
-    def _join(self) -> None:
+    def settle(self) -> None:
+        """Return when nothing is being saved; a failure is kept for :meth:`check`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
