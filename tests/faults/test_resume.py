@@ -184,11 +184,14 @@ def test_a_second_ctrl_c_stops_at_once_and_says_what_is_saved(
     path = tmp_path / "stopped.yaml"
     path.write_text(yaml.safe_dump(recipe))
     monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    saved = Path(recipe["output_dir"]) / "checkpoints" / "step-000002"
 
     def interrupted(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepReport]:
         for report in loop.train(trainer, should_stop):
             yield report
             if report.step == 3:
+                while not saved.exists():  # written beside training, and perhaps not yet done
+                    time.sleep(0.01)
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 

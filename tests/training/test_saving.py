@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from tests.training.test_checkpoint import RUN, assert_same, state_at
 from trainkit.errors import MachineError
 from trainkit.run_folder import fsync_folder
 from trainkit.training import checkpoint, saving
-from trainkit.training.checkpoint import Share, TrainingState, load_checkpoint, newest_checkpoint
+from trainkit.training.checkpoint import Share, TrainingState, load_checkpoint, newest_checkpoint, problems_of
 from trainkit.training.retention import Retention
 from trainkit.training.saving import SMALL_FILES_BYTES, Saver, check_space
 
@@ -89,10 +91,10 @@ def test_a_bug_in_the_other_thread_is_not_swallowed(tmp_path: Path, monkeypatch:
         raise ZeroDivisionError
 
     monkeypatch.setattr(saving, "write_checkpoint", broken)
-    saver = Saver(tmp_path, RUN)
-    saver.save(state_at(1), KEEP)
-    with pytest.raises(ZeroDivisionError):
-        saver.wait()
+    with Saver(tmp_path, RUN) as saver:
+        saver.save(state_at(1), KEEP)
+        with pytest.raises(ZeroDivisionError):
+            saver.wait()
 
 
 def test_the_second_ctrl_c_waits_for_nothing_and_leaves_nothing_half(
@@ -116,6 +118,43 @@ def test_the_second_ctrl_c_waits_for_nothing_and_leaves_nothing_half(
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert names(tmp_path) == []
+
+
+def interrupted_at(instruction: int, saver: Saver, state: TrainingState) -> int:
+    """Save twice, with a Ctrl+C before the instruction of that number; returns how many there were."""
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Callable[..., Any] | None:
+        nonlocal passed
+        if frame.f_code.co_filename not in {saving.__file__, threading.__file__}:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            passed += 1
+            if passed == instruction:
+                raise KeyboardInterrupt
+        return trace
+
+    with saver:
+        sys.settrace(trace)
+        try:
+            saver.save(state, KEEP)
+            saver.save(replace(state, step=state.step + 1), KEEP)
+        finally:
+            sys.settrace(None)
+    return passed
+
+
+def test_the_second_ctrl_c_may_come_at_any_instruction_of_a_save(tmp_path: Path) -> None:
+    state = state_at(1)
+    instructions = interrupted_at(0, Saver(tmp_path / "whole", RUN), state)
+    assert instructions > 200
+    for instruction in range(1, instructions + 1, 3):
+        root = tmp_path / str(instruction)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_at(instruction, Saver(root, RUN), state)
+        # Read at once: what is published is whole, nothing else stays, and no thread goes on writing.
+        assert {problems_of(folder, RUN) for folder in root.glob("*")} <= {None}
 
 
 def test_a_real_write_that_fails_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
@@ -258,9 +297,14 @@ def test_the_share_of_a_process_that_is_gone_is_not_waited_for(tmp_path: Path, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     started = time.monotonic()
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:6071")
-    saver = Saver(tmp_path / "checkpoints", RUN)
-    saver.save(shared(rank=0), KEEP)
-    saver.__exit__(RuntimeError, lost, None)
+
+    def one_process_is_lost() -> None:
+        with Saver(tmp_path / "checkpoints", RUN) as saver:
+            saver.save(shared(rank=0), KEEP)
+            raise lost
+
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        one_process_is_lost()
     assert time.monotonic() - started < 60
     assert names(tmp_path / "checkpoints") == []
 

@@ -12,6 +12,8 @@ import os
 import threading
 import time
 from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
 import psutil
@@ -60,7 +62,10 @@ class Saver:
         self._root = root
         self._run_id = run_id
         self._from_first = from_first
-        self._thread: threading.Thread | None = None
+        # The thread takes its work from a queue, and "nothing is being saved" is an answer through that queue: a second
+        # Ctrl+C may strike between any two instructions, and no state is left that it could find half changed.
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._beside = False
         self._failure: BaseException | None = None
         self._abandoned = threading.Event()
         self._shared = False
@@ -71,6 +76,8 @@ class Saver:
         self.copied_bytes = 0
 
     def __enter__(self) -> Self:
+        threading.Thread(target=self._work_off, name="saving", daemon=True).start()
+        self._beside = True
         return self
 
     def __exit__(
@@ -79,6 +86,8 @@ class Saver:
         if isinstance(error, KeyboardInterrupt) or (self._shared and is_of_lost_process(error)):
             self._abandoned.set()
         self.settle()
+        self._beside = False
+        self._work.put(None)
 
     def save(self, state: TrainingState, retention: Retention) -> float:
         """Begin to save ``state``; returns how many seconds training paused for it.
@@ -92,11 +101,8 @@ class Saver:
         staging = self._from_first(staging_name(self._root, self._run_id, state.step) if first else None)
         if staging is None:
             return 0.0
-        if state.tensor_bytes() * SPARE_MEMORY <= psutil.virtual_memory().available:
-            self._thread = threading.Thread(
-                target=self._save_noting_failure, args=(state.on_host(), staging, retention), name="saving", daemon=True
-            )
-            self._thread.start()
+        if self._beside and state.tensor_bytes() * SPARE_MEMORY <= psutil.virtual_memory().available:
+            self._work.put(partial(self._save_noting_failure, state.on_host(), staging, retention))
             self.copied_bytes = max(self.copied_bytes, state.tensor_bytes())
         else:
             self._save(state, staging, retention)
@@ -122,9 +128,16 @@ class Saver:
 
     def settle(self) -> None:
         """Return when nothing is being saved; a failure is kept for :meth:`check`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if not self._beside:
+            return
+        settled: SimpleQueue[None] = SimpleQueue()  # an Event's own wait() cannot be interrupted everywhere
+        self._work.put(partial(settled.put, None))
+        settled.get()
+
+    def _work_off(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # the copy of a saved state, while the next one is waited for
 
     def _save_noting_failure(self, state: TrainingState, staging: str, retention: Retention) -> None:
         try:
