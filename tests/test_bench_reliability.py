@@ -25,6 +25,8 @@ def test_it_prints_a_table_of_what_it_found() -> None:
     assert 0 < saving["share_at_default_interval"] < saving["share_here"] < 1
     assert start["ratio_of_medians"] == start["resumed_seconds"][0] / start["fresh_seconds"][0]
     assert found["position"]["next_step_seconds"] < found["position"]["first_step_seconds"]
+    assert found["inspection"]["bytes"] >= 4_000_000
+    assert found["inspection"]["seconds"] > 0
     lines = table(found).splitlines()
     assert lines[:2] == ["| what | measured |", "|---|---|"]
     assert all(line.count("|") == 3 for line in lines)

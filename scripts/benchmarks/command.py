@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "reliability",
         help="what saving, checksums and starting again cost",
         description="Pause and share of the wall time of a save, speed of checksums, start-up from a checkpoint beside "
-        "a fresh one, finding the place in ten million rows. A Markdown table.",
+        "a fresh one, finding the place in ten million rows, inspecting 1 GB of data. A Markdown table.",
     )
     reliability.add_argument("--quick", action="store_true", help="a short run: seconds, and no result")
     reliability.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,10 +1,11 @@
-"""What it costs to lose nothing: saving beside training, checksums, starting again, and finding one's place."""
+"""What it costs to lose nothing: saving beside training, checksums, starting again, finding a place, looking first."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -27,6 +28,26 @@ if TYPE_CHECKING:
 SAVE_EVERY = 10
 MANY_ROWS = 10_000_000
 PATIENCE_SECONDS = 300.0
+WORDS = tuple(
+    [
+        "the",
+        "of",
+        "training",
+        "memory",
+        "gradient",
+        "model",
+        "packing",
+        "a",
+        "token",
+        "loss",
+        "is",
+        "and",
+        "to",
+        "sequence",
+        "with",
+        "attention",
+    ]
+)
 
 
 def measure_reliability(options: argparse.Namespace) -> dict[str, Any]:
@@ -42,6 +63,7 @@ def measure_reliability(options: argparse.Namespace) -> dict[str, Any]:
             "checksum": _checksum(folder, megabytes=16 if options.quick else 512, turns=turns),
             "start": _start(folder, turns),
             "position": _position(turns),
+            "inspection": _inspection(folder, megabytes=4 if options.quick else 1000),
         }
 
 
@@ -199,9 +221,38 @@ def _position(turns: int) -> dict[str, float]:
     }
 
 
+def _inspection(folder: Path, megabytes: int) -> dict[str, float]:
+    """Seconds of ``inspect-data`` on a jsonl file of conversations: read, rendered, encoded, every mask checked."""
+    path = folder / "conversations.jsonl"
+    draw = random.Random(0)
+    written = examples = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < megabytes * 1_000_000:
+            question, answer = (" ".join(draw.choices(WORDS, k=length)) for length in (30, 120))
+            roles = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+            written += file.write(json.dumps({"messages": roles}) + "\n")
+            examples += 1
+    recipe = folder / "inspection.yaml"
+    sections = {"model": {"name": "tiny"}, "data": {"train": str(path)}, "output_dir": str(folder / "never")}
+    recipe.write_text(yaml.safe_dump(sections))
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "trainkit", "inspect-data", str(recipe), "--examples", "1", "--json"],
+        env={**os.environ, "TRAINKIT_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise MachineError(f"inspect-data ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+    assert json.loads(done.stdout)["sources"][0]["examples"] == examples
+    return {"bytes": written, "examples": examples, "seconds": time.perf_counter() - started}
+
+
 def table(found: dict[str, Any]) -> str:
     """The measurements as a Markdown table."""
     saving, checksum, start, position = (found[name] for name in ("saving", "checksum", "start", "position"))
+    inspection = found["inspection"]
     size, longest = saving["checkpoint_bytes"] / 1e6, 1e3 * saving["longest_pause_seconds"]
     medians = start["ratio_of_medians"]
     rows = [
@@ -233,5 +284,9 @@ def table(found: dict[str, Any]) -> str:
             f"{position['first_step_seconds']:.2f} s",
         ),
         ("rows of the next step", f"{1e6 * position['next_step_seconds']:.0f} µs"),
+        (
+            f"inspect-data of {inspection['bytes'] / 1e9:.1f} GB of jsonl, {inspection['examples']:,} conversations",
+            f"{inspection['seconds']:.0f} s",
+        ),
     ]
     return "\n".join(["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

@@ -126,6 +126,36 @@ def test_a_search_takes_few_estimates() -> None:
     assert len(asked) <= 16  # the quadratic term bends the line
 
 
+def test_a_search_begins_with_what_was_asked_and_goes_no_lower_where_it_fits() -> None:
+    """Shorter rows may need another engine, and say nothing then."""
+    asked: list[Scenario] = []
+
+    def counting(question: Scenario) -> Estimate:
+        asked.append(question)
+        return closed_form(question)
+
+    of_four = replace(LORA, micro_batch_size=4)
+    assert largest_micro_batch(of_four, capacity(80), Question(counting)) > 4
+    assert longest_row(of_four, capacity(80), Question(counting), None) > LORA.sequence_length
+    assert min(question.micro_batch_size for question in asked) == 4
+    assert min(question.sequence_length for question in asked) == LORA.sequence_length
+
+
+def test_where_the_weights_alone_are_too_much_no_shorter_row_is_estimated() -> None:
+    asked: list[Scenario] = []
+
+    def counting(question: Scenario) -> Estimate:
+        asked.append(question)
+        return closed_form(question)
+
+    ask = Question(counting)
+    parts = ask(LORA).parts
+    too_little = sum(parts[part] for part in ("weights", "adapters", "optimizer state")) / 2**30
+    assert largest_micro_batch(LORA, capacity(too_little), ask) == 0
+    assert longest_row(LORA, capacity(too_little), ask, None) == 0
+    assert len(asked) == 1
+
+
 def test_what_is_known_in_no_time_saves_most_estimates() -> None:
     asked: list[Scenario] = []
 

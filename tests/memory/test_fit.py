@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainkit.errors import MachineError, ModelError
-from trainkit.memory.estimate import Estimate
+from trainkit.memory.estimate import PARTS, Estimate
 from trainkit.memory.fit import fit
 from trainkit.memory.scenario import Scenario
 from trainkit.recipe.reader import read_recipe
@@ -24,7 +24,8 @@ def stand_in(scenario: Scenario, *, exact: bool = False) -> Estimate:
     assert scenario.device.kind == "cpu"
     row = A_ROW // 4 if scenario.activation_checkpointing else A_ROW
     peak = STATES + row * scenario.micro_batch_size
-    return Estimate(10**6, 10**6, peak, 2 * peak, "backward", "layer 1", {}, (), "trace", 1.0)
+    parts = dict.fromkeys(PARTS, 0) | {"weights": STATES, "activations": peak - STATES}
+    return Estimate(10**6, 10**6, peak, 2 * peak, "backward", "layer 1", parts, (), "trace", 1.0)
 
 
 @pytest.fixture

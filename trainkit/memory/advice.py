@@ -104,13 +104,15 @@ class Question:
         self._estimate = estimate
         self._allocated = allocated
         self._answers: dict[str, Estimate] = {}
+        self._standing_bytes: dict[str, int] = {}  # from one step to the next, whatever the rows are
 
     def __call__(self, scenario: Scenario) -> Estimate:
         """The estimate for a scenario."""
         key = repr(scenario)
         if key not in self._answers:
             with _libraries_silent():
-                self._answers[key] = self._estimate(scenario)
+                found = self._answers[key] = self._estimate(scenario)
+            self._standing_bytes[_without_rows(scenario)] = sum(found.parts[part] for part in STANDING_PARTS)
         return self._answers[key]
 
     def answered(self, scenario: Scenario) -> Estimate | None:
@@ -118,7 +120,13 @@ class Question:
         return self._answers.get(repr(scenario))
 
     def floor_bytes(self, scenario: Scenario) -> float:
-        """What the parameters alone take, once an estimate of any scenario has counted them; 0 before."""
+        """What a scenario takes without its rows: as in an estimate of it with other rows.
+
+        Without one, what its parameters take at the least, once an estimate of any scenario has counted them; 0 before.
+        """
+        standing = self._standing_bytes.get(_without_rows(scenario))
+        if standing is not None:
+            return standing + context_bytes(scenario.device)
         shared = scenario.gpus if scenario.shard == "fsdp2" else 1
         counted = next(iter(self._answers.values()), None)
         return 0 if counted is None else _least_bytes(scenario, counted.parameters) / shared
@@ -127,6 +135,10 @@ class Question:
         """What the process surely takes: peak allocated and context; None where that is not known in no time."""
         allocated = self._allocated(scenario)
         return None if allocated is None else allocated + context_bytes(scenario.device)
+
+
+def _without_rows(scenario: Scenario) -> str:
+    return repr(replace(scenario, sequence_length=1, micro_batch_size=1, micro_batches=1))
 
 
 @contextmanager
@@ -154,7 +166,9 @@ def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question) -
     Not searched beyond :data:`MOST_TOKENS` tokens.
     """
     most = max(MOST_TOKENS // scenario.sequence_length, 1)
-    return _largest(lambda rows: replace(scenario, micro_batch_size=rows), most, capacity, ask)
+    return _largest(
+        lambda rows: replace(scenario, micro_batch_size=rows), most, capacity, ask, min(scenario.micro_batch_size, most)
+    )
 
 
 def longest_row(scenario: Scenario, capacity: Capacity, ask: Question, positions: int | None) -> int:
@@ -165,7 +179,8 @@ def longest_row(scenario: Scenario, capacity: Capacity, ask: Question, positions
     def of_length(step: int) -> Scenario:
         return replace(scenario, sequence_length=min(step * LENGTH_STEP, most))
 
-    return min(_largest(of_length, steps, capacity, ask) * LENGTH_STEP, most)
+    start = min(max(scenario.sequence_length // LENGTH_STEP, 1), steps)
+    return min(_largest(of_length, steps, capacity, ask, start) * LENGTH_STEP, most)
 
 
 def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_rows: int | None = None) -> int:
@@ -357,12 +372,15 @@ def _smaller_divisors(scenario: Scenario) -> list[int]:
     return [fewer for fewer in range(rows - 1, 0, -1) if in_a_step % fewer == 0]
 
 
-def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capacity, ask: Question) -> int:
+def _largest(
+    scenario_at: Callable[[int], Scenario], most: int, capacity: Capacity, ask: Question, start: int = 1
+) -> int:
     """The largest n from 1 to ``most`` whose scenario fits; 0 where that of 1 does not.
 
     The need grows with n, almost in proportion: each guess is where the line through two estimates meets the capacity,
-    so that a handful is enough. Guesses come from below, since a trace takes longer the more tokens there are. Once
-    something is too large, every other guess is the middle, in case the line bends.
+    so that a handful is enough. The first is ``start``, for which the answer may be there already. Guesses come from
+    below, since a trace takes longer the more tokens there are. Once something is too large, every other guess is the
+    middle, in case the line bends.
     """
 
     def need(number: int) -> int:
@@ -373,22 +391,27 @@ def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capaci
     bound = _bound(scenario_at, most, limit, ask)
     if bound == 0:
         return 0
-    low, low_need = 1, need(1)
+    low = min(start, bound)
+    high, high_need = bound + 1, None
+    low_need = need(low)
     if low_need > limit:
-        return 0
-    high, slope, by_line = most + 1, 0.0, True
-    if bound is not None and bound > 1:
+        if low == 1:
+            return 0
+        high, high_need = low, low_need
+        low, low_need = 1, need(1)
+        if low_need > limit:
+            return 0
+    if bound < most and low < bound < high:
         bound_need = need(bound)
         if bound_need <= limit:
             return bound
-        high, slope = bound, (bound_need - low_need) / (bound - 1)
-    elif bound == 1:
-        return 1
+        high, high_need = bound, bound_need
+    slope, by_line = 0.0 if high_need is None else (high_need - low_need) / (high - low), True
     while high - low > 1:
         guess = (low + high) // 2
         if slope == 0:
-            guess = 2
-        elif by_line or high > most:
+            guess = 2 * low
+        elif by_line or high_need is None:
             guess = low + int((limit - low_need) / slope)
         guess = min(max(guess, low + 1), high - 1)
         found = need(guess)
@@ -396,23 +419,20 @@ def _largest(scenario_at: Callable[[int], Scenario], most: int, capacity: Capaci
         if found <= limit:
             low, low_need = guess, found
         else:
-            high = guess
+            high, high_need = guess, found
             by_line = not by_line
     return low
 
 
-def _bound(scenario_at: Callable[[int], Scenario], most: int, limit: int, ask: Question) -> int | None:
-    """The largest n that is not surely too much; None where only an estimate knows."""
-    least = ask.least_bytes(scenario_at(1))
-    if least is None:
-        return None
-    if least > limit:
+def _bound(scenario_at: Callable[[int], Scenario], most: int, limit: int, ask: Question) -> int:
+    """The largest n that is not surely too much; ``most`` where only estimates know."""
+    smallest = scenario_at(1)
+    if max(ask.least_bytes(smallest) or 0, ask.floor_bytes(smallest)) > limit:
         return 0
     low, high = 1, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        least = ask.least_bytes(scenario_at(middle))
-        if least is None or least <= limit:
+        if (ask.least_bytes(scenario_at(middle)) or 0) <= limit:
             low = middle
         else:
             high = middle
