@@ -28,26 +28,7 @@ if TYPE_CHECKING:
 SAVE_EVERY = 10
 MANY_ROWS = 10_000_000
 PATIENCE_SECONDS = 300.0
-WORDS = tuple(
-    [
-        "the",
-        "of",
-        "training",
-        "memory",
-        "gradient",
-        "model",
-        "packing",
-        "a",
-        "token",
-        "loss",
-        "is",
-        "and",
-        "to",
-        "sequence",
-        "with",
-        "attention",
-    ]
-)
+WORDS = ("the", "training", "memory", "gradient", "model", "packing", "a", "token", "is", "and", "to", "sequence")
 
 
 def measure_reliability(options: argparse.Namespace) -> dict[str, Any]:
@@ -233,8 +214,8 @@ def _inspection(folder: Path, megabytes: int) -> dict[str, float]:
             written += file.write(json.dumps({"messages": roles}) + "\n")
             examples += 1
     recipe = folder / "inspection.yaml"
-    sections = {"model": {"name": "tiny"}, "data": {"train": str(path)}, "output_dir": str(folder / "never")}
-    recipe.write_text(yaml.safe_dump(sections))
+    sections = {"model": {"name": "tiny"}, "data": {"train": str(path)}, "training": {"steps": 1}}
+    recipe.write_text(yaml.safe_dump(sections | {"output_dir": str(folder / "never")}))
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "trainkit", "inspect-data", str(recipe), "--examples", "1", "--json"],

@@ -137,6 +137,33 @@ def test_activation_checkpointing_changes_no_number(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd", "adamw_8bit"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_optimizers_under_ddp(bench: Workbench, method: str, optimizer: str) -> None:
+    """Each process makes the same update of the same gradients; 8 bits round a last bit of them further."""
+    changes = CHANGES[method] | {"training": {"optimizer": optimizer, "learning_rate": 1e-3}}
+    one = bench.run(bench.recipe(f"{method}-{optimizer}-one", changes))
+    run = bench.run(bench.recipe(f"{method}-{optimizer}-two", changes), "two-ddp")
+    assert (one.code, run.code) == (0, 0), one.said + run.said
+    difference = largest_difference(run, one)
+    print(f"{run.folder.name}: largest relative difference in metrics.jsonl {difference:.1e}")
+    assert difference <= ALMOST
+
+
+@pytest.mark.long
+def test_qlora_under_ddp(bench: Workbench) -> None:
+    """Each process quantises the same base to the same 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    changes = {"model": {"name": "tiny"}, "adapter": {"type": "qlora", "r": 4, "alpha": 8}}
+    one = bench.run(bench.recipe("qlora-one", changes))
+    run = bench.run(bench.recipe("qlora-two", changes), "two-ddp")
+    assert (one.code, run.code) == (0, 0), one.said + run.said
+    difference = largest_difference(run, one)
+    print(f"{run.folder.name}: largest relative difference in metrics.jsonl {difference:.1e}")
+    assert difference <= ALMOST
+
+
+@pytest.mark.long
 def test_unpacked_rows_with_padding(bench: Workbench) -> None:
     changes = {"packing": {"strategy": "none"}}
     one = bench.run(bench.recipe("padded-one", changes))

@@ -180,8 +180,13 @@ def _environment(config: Any, kind: str, processes: int, file: str) -> dict[str,
             raise UsageError(f"{file}: fsdp_config.{other}: has no effect here; only fsdp_version may be given")
         found |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     if "OMP_NUM_THREADS" not in os.environ and processes > 1:
-        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+        found["OMP_NUM_THREADS"] = str(max(1, _cores() // processes))
     return found
+
+
+def _cores() -> int:
+    """How many this program may use: a batch system may have given it some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _interface_towards(address: str, port: int) -> str | None:
