@@ -17,7 +17,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,7 +26,7 @@ from unittest import mock
 from fuzzing.mutation import KINDS, mutated
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 SECONDS_FOR_ONE = 5
 EXPECTED_CODES = frozenset({0, 2, 3, 4, 5})
@@ -105,17 +105,39 @@ def _share(kind: str, seed: int, first: int, count: int, deadline: float, part: 
 
 
 def _tried(kind: str, seed: int, numbers: range, deadline: float) -> Tried:
-    from trainkit.model.loading import load_tokenizer
-
     tried = Tried()
     Path("recipe.yaml").write_text(RECIPE)
     file = Path(KINDS[kind].file)
-    # The model is no part of what is mutated: its tokenizer is loaded once.
-    with mock.patch("trainkit.commands.inspect_data.load_tokenizer", functools.cache(load_tokenizer)):
+    with _made_once():
         for number in itertools.takewhile(lambda _: time.monotonic() < deadline, numbers):
             file.write_bytes(mutated(kind, seed, number))
             _try_one(KINDS[kind].arguments, number, tried)
     return tried
+
+
+@contextmanager
+def _made_once() -> Iterator[None]:
+    """What is the same whatever the input is, and takes longer than the rest: the model's tokenizer, the commands."""
+    import typer.main
+
+    from trainkit.data.token_bytes import FastTokens, fast_tokens
+    from trainkit.model.loading import load_tokenizer
+
+    engines: dict[str, FastTokens] = {}
+
+    def engine_of(tokenizer: Any, described: str) -> FastTokens:
+        if described not in engines:
+            engines[described] = fast_tokens(tokenizer, described)
+        return engines[described]
+
+    with ExitStack() as stack:
+        for place, made in {
+            "trainkit.commands.inspect_data.load_tokenizer": functools.cache(load_tokenizer),
+            "trainkit.data.encoding.fast_tokens": engine_of,
+            "typer.main.get_command": functools.cache(typer.main.get_command),
+        }.items():
+            stack.enter_context(mock.patch(place, made))
+        yield
 
 
 def _try_one(arguments: Sequence[str], number: int, tried: Tried) -> None:
