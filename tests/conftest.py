@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,3 +208,128 @@ def fine_tune(
         return FinishedRun(tmp_path / name, json.loads(output))
 
     return command
+
+
+CONFIGURATION_OF_ITS_OWN = """\
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+"""
+MODEL_OF_ITS_OWN = """\
+from transformers import LlamaForCausalLM
+
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+TOKENIZER_OF_ITS_OWN = """\
+from transformers import PreTrainedTokenizerFast
+
+class OwnTokenizerFast(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@dataclass
+class CachedRepository:
+    """A repository of the hub, as it lies in the hub's cache on this machine: snapshots that link to blobs."""
+
+    cache: Path
+    name: str = "owner/own-llama"
+    commit: str = "0123456789abcdef0123456789abcdef01234567"
+    other_commit: str = "89abcdef0123456789abcdef0123456789abcdef"
+
+    @property
+    def folder(self) -> Path:
+        """Where the repository lies."""
+        return self.cache / f"models--{self.name.replace('/', '--')}"
+
+    @property
+    def trust(self) -> str:
+        """What the flag says."""
+        return f"{self.name}@{self.commit}"
+
+    def path(self, name: str, commit: str = "") -> Path:
+        """A file of a snapshot."""
+        return self.folder / "snapshots" / (commit or self.commit) / name
+
+    def write(self, name: str, content: bytes, commit: str = "") -> None:
+        """Put a file into a snapshot, by a link to its content: weights by their SHA-256, the rest by git's id."""
+        large = name.endswith(".safetensors")
+        digest = hashlib.sha256(content) if large else hashlib.sha1(b"blob %d\0%b" % (len(content), content))
+        blob = self.folder / "blobs" / digest.hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        path = self.path(name, commit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(os.path.relpath(blob, path.parent))
+
+    def edit_json(self, name: str, **changes: Any) -> None:
+        """Change keys of a JSON file; None takes one out."""
+        values = json.loads(self.path(name).read_text()) | changes
+        self.write(name, json.dumps({key: value for key, value in values.items() if value is not None}).encode())
+
+    def plant(self, code: str, commit: str = "") -> None:
+        """Let every Python file of a snapshot run a line of code."""
+        for file in list(self.path("", commit).glob("*.py")):
+            self.write(file.name, f"{file.read_text()}\n{code}\n".encode(), commit)
+
+    def refer(self, branch: str, commit: str) -> None:
+        """Let a branch stand for a commit."""
+        ref = self.folder / "refs" / branch
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+
+    def fill(self, model: Path) -> None:
+        """Two commits with the files of ``model`` and code of its own; ``main`` is the first."""
+        for commit in (self.commit, self.other_commit):
+            for file in model.iterdir():
+                self.write(file.name, file.read_bytes(), commit)
+            self.write("configuration_own.py", CONFIGURATION_OF_ITS_OWN.encode(), commit)
+            self.write("modeling_own.py", MODEL_OF_ITS_OWN.encode(), commit)
+            config = json.loads(self.path("config.json", commit).read_text()) | {
+                "model_type": "own_llama",
+                "architectures": ["OwnForCausalLM"],
+                "auto_map": {
+                    "AutoConfig": "configuration_own.OwnConfig",
+                    "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+                },
+            }
+            self.write("config.json", json.dumps(config).encode(), commit)
+        self.refer("main", self.commit)
+
+    def give_tokenizer_code(self) -> None:
+        """Let the tokenizer be of a class that transformers does not know."""
+        auto_map = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]}
+        self.edit_json("tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map=auto_map)
+        self.write("tokenization_own.py", TOKENIZER_OF_ITS_OWN.encode())
+
+
+@pytest.fixture
+def make_own_llama(tiny_model_folder: Path) -> Callable[[Path], CachedRepository]:
+    """`make_own_llama(home)` puts `tiny_model_folder`, of an architecture of its own, into the cache of HF_HOME."""
+
+    def make(home: Path) -> CachedRepository:
+        repository = CachedRepository(home / "hub")
+        repository.fill(tiny_model_folder)
+        return repository
+
+    return make
+
+
+@pytest.fixture
+def own_llama(
+    make_own_llama: Callable[[Path], CachedRepository], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> CachedRepository:
+    """The repository in `tmp_path / "hub"`, which is HF_HOME to the libraries of this process while the test runs."""
+    home = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    for module in ("transformers.dynamic_module_utils", "transformers.utils"):
+        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(home / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]  # what an earlier test imported from another folder
+    return make_own_llama(home)

@@ -81,11 +81,11 @@ def test_no_new_commands_or_options() -> None:
     assert sorted(option for parameter in group.params for option in parameter.opts) == ["--debug", "--version"]
     assert tuple(surface) == COMMANDS
     assert surface == {
-        "fine-tune": ["--fresh", "--json", "--launch", "--set", "recipe"],
-        "inspect-data": ["--examples", "--json", "--set", "recipe"],
+        "fine-tune": ["--fresh", "--json", "--launch", "--set", "--trust-remote-code", "recipe"],
+        "inspect-data": ["--examples", "--json", "--set", "--trust-remote-code", "recipe"],
         "pack-data": [
             *("--chat-template", "--data", "--force", "--format", "--json", "--output", "--plot"),
-            *("--sequence-length", "--set", "--tokenizer", "recipe"),
+            *("--sequence-length", "--set", "--tokenizer", "--trust-remote-code", "recipe"),
         ],
         "estimate-memory": [
             "--activation-checkpointing",
@@ -109,7 +109,7 @@ def test_no_new_commands_or_options() -> None:
         ],
         "show": ["--set", "recipe"],
         "schema": [],
-        "export": ["--json", "--merge", "--output", "run"],
+        "export": ["--json", "--merge", "--output", "--trust-remote-code", "run"],
     }
 
 
@@ -145,16 +145,27 @@ def test_fine_tune_gets_the_recipe_and_its_switches(calls: list[Any]) -> None:
     ((name, (read,), named),) = calls
     assert name == "fine_tune"
     assert (read.recipe.training.seed, read.recipe.precision) == (3, "fp32")
-    assert named == {"fresh": True, "json_output": True}
+    assert named == {"trust": None, "fresh": True, "json_output": True}
 
 
 def test_the_other_commands_get_theirs(calls: list[Any]) -> None:
     assert run(["inspect-data", "recipe.yaml"]) == 0
     assert run(["export", "runs/a", "--merge", "--output", "out"]) == 0
     assert run(["pack-data", "recipe.yaml", "--force"]) == 0
-    assert calls[0][2] == {"examples": 3, "json_output": False}
-    assert calls[2][2] == {"output": None, "form": "store", "plot": None, "force": True, "json_output": False}
-    assert calls[1] == ("export", (Path("runs/a"),), {"merge": True, "output": Path("out"), "json_output": False})
+    assert calls[0][2] == {"trust": None, "examples": 3, "json_output": False}
+    assert calls[2][2] == {
+        "trust": None,
+        "output": None,
+        "form": "store",
+        "plot": None,
+        "force": True,
+        "json_output": False,
+    }
+    assert calls[1] == (
+        "export",
+        (Path("runs/a"),),
+        {"trust": None, "merge": True, "output": Path("out"), "json_output": False},
+    )
 
 
 def test_pack_data_takes_options_in_place_of_a_recipe(calls: list[Any]) -> None:
@@ -165,7 +176,7 @@ def test_pack_data_takes_options_in_place_of_a_recipe(calls: list[Any]) -> None:
     assert [source.path for source in read.recipe.data.train] == ["a.jsonl", "b.jsonl"]
     assert (read.recipe.packing.sequence_length, read.recipe.packing.overlap) == (1000, 1)
     wanted = {"output": Path("out"), "form": "parquet", "plot": Path("a.png")}
-    assert named == {**wanted, "force": False, "json_output": True}
+    assert named == {**wanted, "trust": None, "force": False, "json_output": True}
 
 
 @pytest.mark.usefixtures("calls")

@@ -22,15 +22,16 @@ import typer
 
 from trainkit import __version__
 from trainkit.console import Console
-from trainkit.errors import DataError, RecipeErrors, Stopped, TrainkitError, UsageError
+from trainkit.errors import DataError, RecipeErrors, Stopped, TrainkitError, UsageError, first_line
 from trainkit.launched import has_our_launcher, is_first_to_fail, launched, terminal
+from trainkit.model.trusted_code import FLAG, place_in_trusted_code, read_trust
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
 from trainkit.recipe.schema import Packing
 from trainkit.recipe.secrets import holds_secret, without_secrets
 from trainkit.run_folder import RunFolder
 
-EXIT_BUG, EXIT_USAGE, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 5, 130
+EXIT_BUG, EXIT_USAGE, EXIT_MODEL, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 4, 5, 130
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 DISK_REFUSES = frozenset({errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 
@@ -60,6 +61,14 @@ SetOption = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Override a key of the recipe, as section.key=value; the value is YAML, null unsets. Repeatable.",
+    ),
+]
+TrustOption = Annotated[
+    str | None,
+    typer.Option(
+        FLAG,
+        metavar="REPO@COMMIT",
+        help="Run the Python code that comes with the model: that of this hub id at this commit, and no other.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -113,22 +122,25 @@ def fine_tune_command(
         str | None,
         typer.Option("--launch", metavar="FILE", help="Train in the processes that this file asks for."),
     ] = None,
+    trust_remote_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Train what the recipe says, and leave the result in its output_dir.
 
     The same command run again resumes a run that was stopped.
     """
+    trust = read_trust(trust_remote_code)
     read = _read(context, recipe, overrides, of_run=True)
     if launch is not None:
         from trainkit.commands.launch import launch as in_processes
 
         options = [option for value in overrides or () for option in ("--set", value)]
+        options += [] if trust is None else [FLAG, str(trust)]
         options += ["--fresh"] * fresh + ["--json"] * json_output + ["--debug"] * _session(context).debug
         raise typer.Exit(in_processes(launch, ["fine-tune", recipe, *options]))
     from trainkit.commands.fine_tune import fine_tune
 
-    fine_tune(read, fresh=fresh, json_output=json_output)
+    fine_tune(read, trust=trust, fresh=fresh, json_output=json_output)
 
 
 @app.command(
@@ -143,13 +155,15 @@ def inspect_data_command(
     *,
     overrides: SetOption = None,
     examples: Annotated[int, typer.Option("--examples", metavar="N", min=1, help="How many examples to show.")] = 3,
+    trust_remote_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Show examples token by token, with what is trained highlighted."""
+    trust = read_trust(trust_remote_code)
     read = _read(context, recipe, overrides)
     from trainkit.commands.inspect_data import inspect_data
 
-    inspect_data(read, examples=examples, json_output=json_output)
+    inspect_data(read, trust=trust, examples=examples, json_output=json_output)
 
 
 class FormChoice(StrEnum):
@@ -215,17 +229,19 @@ def pack_data_command(
     force: Annotated[
         bool, typer.Option("--force", help="Encode and pack again, and replace the rows that are there.")
     ] = False,
+    trust_remote_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Pack the data into rows, and report where every token went.
 
     Reads no weights. Compares the rows with padding and with the fewest there can be.
     """
+    trust = read_trust(trust_remote_code)
     options = PackingOptions(tuple(data or ()), tokenizer, sequence_length, chat_template)
     read = _read(context, recipe, overrides, flags=options.flags(recipe, overrides or ()))
     from trainkit.commands.pack_data import pack_data
 
-    pack_data(read, output=output, form=form.value, plot=plot, force=force, json_output=json_output)
+    pack_data(read, trust=trust, output=output, form=form.value, plot=plot, force=force, json_output=json_output)
 
 
 class AdapterChoice(StrEnum):
@@ -389,13 +405,15 @@ def export_command(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Where the result goes.", show_default="RUN/merged")
     ] = None,
+    trust_remote_code: TrustOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Turn the result of a run into another form."""
+    trust = read_trust(trust_remote_code)
     _session(context).run_folder = RunFolder(run)
     from trainkit.commands.export import export
 
-    export(run, merge=merge, output=output, json_output=json_output)
+    export(run, trust=trust, merge=merge, output=output, json_output=json_output)
 
 
 def _session(context: typer.Context) -> Session:
@@ -482,6 +500,9 @@ def _failed(error: Exception, session: Session) -> int:
         return _say(error, [line], EXIT_MACHINE, session)
     if isinstance(error, MemoryError):
         return _say(error, ["this machine is out of memory"], EXIT_MACHINE, session)
+    if place := place_in_trusted_code(error):
+        line = f"{place}: the model's own code failed: {type(error).__name__}: {first_line(error)}; ask who wrote it"
+        return _say(error, [line], EXIT_MODEL, session)
     return _bug(error, session)
 
 

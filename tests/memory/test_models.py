@@ -132,7 +132,7 @@ def test_an_unknown_name_lists_the_near_ones(name: str) -> None:
         ({"model_type": "lama"}, "does not know model_type `lama`; did you mean `llama`?"),
         (
             {"model_type": "chatglm_x", "auto_map": {"AutoModelForCausalLM": "modeling.Chat"}},
-            r"needs code from the model's own repository \(trust_remote_code\), which is never run",
+            r"needs Python code of the model's own, which an estimate never runs",
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a causal language model"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "is not a causal language model"),

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 HERE = Path(__file__).resolve().parent
 SECRET = "bait-4f1d-not-for-anyone"
@@ -213,6 +213,7 @@ class Room:
     outside: Path
     recipe: dict[str, Any]
     commands: WatchedCommands
+    make_own_llama: Callable[[Path], Any]
     environment: dict[str, str] = field(default_factory=dict)
     ending: str = ""
 
@@ -248,6 +249,12 @@ class Room:
         path = self.model / name
         values = json.loads(path.read_text()) if path.exists() else {}
         path.write_text(json.dumps(values | changes))
+
+    def own_llama(self) -> Any:
+        """A model of the hub with code of its own in the cache, which the recipe then names; nothing is fetched."""
+        self.recipe["model"] = {"name": "owner/own-llama"}
+        self.environment["HF_HUB_OFFLINE"] = "1"
+        return self.make_own_llama(self.folder / "hub")
 
     def template(self, text: str) -> None:
         """Make ``text`` the chat template of the model."""
@@ -294,7 +301,12 @@ def _files_with(folder: Path, text: str) -> list[Path]:
 
 
 @pytest.fixture
-def room(tiny_model_folder: Path, small_recipe: dict[str, Any], watched_commands: WatchedCommands) -> Room:
+def room(
+    tiny_model_folder: Path,
+    small_recipe: dict[str, Any],
+    watched_commands: WatchedCommands,
+    make_own_llama: Callable[[Path], Any],
+) -> Room:
     """Always at the same place, so that a run that was kept finds its model again."""
     stage = watched_commands.folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)
@@ -309,7 +321,7 @@ def room(tiny_model_folder: Path, small_recipe: dict[str, Any], watched_commands
     small_recipe["checkpoints"] = {"every_steps": 1}
     del small_recipe["evaluation"]
     small_recipe["output_dir"] = "run"
-    room = Room(folder, outside, small_recipe, watched_commands)
+    room = Room(folder, outside, small_recipe, watched_commands, make_own_llama)
     room.environment = {"TRAINKIT_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hub"), "TMPDIR": str(folder)}
     chat = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "the lazy dog"}]
     room.data.write_text((json.dumps({"messages": chat}) + "\n") * 24)

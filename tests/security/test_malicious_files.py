@@ -407,6 +407,184 @@ def a_configuration_that_is_a_pipe(room: Any) -> None:
     os.mkfifo(room.model / "config.json")
 
 
+# --- models of the hub with code of their own ------------------------------------------------------------------------
+
+
+def trusting(repository: Any, **changes: str) -> list[str]:
+    """The command line that runs the code of the repository, or of another, or of another commit."""
+    name, commit = changes.get("name", repository.name), changes.get("commit", repository.commit)
+    return ["fine-tune", "recipe.yaml", "--trust-remote-code", f"{name}@{commit}"]
+
+
+def planted(room: Any) -> Any:
+    """A repository whose every Python file makes the canary, at both commits."""
+    repository = room.own_llama()
+    for commit in (repository.commit, repository.other_commit):
+        repository.plant(room.payload(), commit)
+    return repository
+
+
+@case(MODEL, says="add --trust-remote-code owner/own-llama@0123456789abcdef0123456789abcdef01234567")
+def code_that_nobody_trusted(room: Any) -> None:
+    planted(room)
+
+
+@case(USAGE, says="trusts owner/another")
+def trust_in_another_repository(room: Any) -> list[str]:
+    return trusting(planted(room), name="owner/another")
+
+
+@case(USAGE, says="trusts owner/Own-Llama")
+def trust_in_a_name_that_looks_alike(room: Any) -> list[str]:
+    return trusting(planted(room), name="owner/Own-Llama")
+
+
+@case(USAGE, says="model.revision is 89abcdef")
+def trust_in_another_commit_than_the_recipe_names(room: Any) -> list[str]:
+    repository = planted(room)
+    room.recipe["model"]["revision"] = repository.other_commit
+    return trusting(repository)
+
+
+@case(USAGE, says="which is 89abcdef")
+def a_branch_that_has_moved_on_from_the_trusted_commit(room: Any) -> list[str]:
+    repository = planted(room)
+    room.recipe["model"]["revision"] = "main"
+    repository.refer("main", repository.other_commit)
+    return trusting(repository)
+
+
+@case(MODEL)
+def trust_in_a_commit_that_is_not_there(room: Any) -> list[str]:
+    return trusting(planted(room), commit="f" * 40)
+
+
+@case(USAGE, says="no whole commit")
+def trust_in_a_branch(room: Any) -> list[str]:
+    return trusting(planted(room), commit="main")
+
+
+@case(OK)
+def evil_code_at_another_commit(room: Any) -> list[str]:
+    repository = room.own_llama()
+    repository.plant(room.payload(), repository.other_commit)
+    repository.refer("main", repository.other_commit)
+    return trusting(repository)
+
+
+@case(MODEL, says="another repository")
+def trusted_code_that_names_another_repository(room: Any) -> list[str]:
+    repository = room.own_llama()
+    evil = room.make_own_llama(room.folder / "hub")
+    evil.name = "evil/repository"
+    evil.fill(room.model)
+    evil.plant(room.payload())
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "evil/repository--modeling_own.OwnForCausalLM",
+    }
+    repository.edit_json("config.json", auto_map=auto_map)
+    return trusting(repository)
+
+
+@case(MODEL, says="another repository")
+def a_tokenizer_of_trusted_code_that_names_another_repository(room: Any) -> list[str]:
+    repository = room.own_llama()
+    repository.edit_json("tokenizer_config.json", auto_map=["evil/repository--evil.Evil", None])
+    return trusting(repository)
+
+
+@case(MODEL, says="is no module.Class")
+def trusted_code_that_climbs_out(room: Any) -> list[str]:
+    repository = room.own_llama()
+    plant_module(room.outside / "evil.py", room.payload(), "Evil")
+    repository.edit_json("config.json", auto_map={"AutoConfig": f"{room.outside}/evil.Evil"})
+    return trusting(repository)
+
+
+@case(MODEL, says="link")
+def trusted_code_that_is_a_link_out(room: Any) -> list[str]:
+    repository = room.own_llama()
+    plant_module(room.outside / "evil.py", room.payload(), "OwnConfig")
+    repository.path("configuration_own.py").unlink()
+    repository.path("configuration_own.py").symlink_to(room.outside / "evil.py")
+    return trusting(repository)
+
+
+@case(MODEL, says="changed after it was fetched")
+def trusted_code_that_was_changed_in_the_cache(room: Any) -> list[str]:
+    repository = room.own_llama()
+    with repository.path("modeling_own.py").open("a") as file:
+        file.write(f"\n{room.payload()}\n")
+    return trusting(repository)
+
+
+@case(MODEL, says="only safetensors weights are read")
+def pickles_beside_trusted_code(room: Any) -> list[str]:
+    repository = room.own_llama()
+    repository.path("model.safetensors").unlink()
+    plant_pickle(repository.path("pytorch_model.bin"), room.payload())
+    return trusting(repository)
+
+
+@case(OK)
+def evil_code_beside_an_adapter_whose_base_is_trusted(room: Any) -> list[str]:
+    repository = room.own_llama()
+    assert room.run(*trusting(repository)).code == OK
+    final = room.folder / "run/final"
+    auto_map = {"AutoConfig": "evil.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads(repository.path("config.json").read_text()) | {"auto_map": auto_map}
+    (final / "config.json").write_text(json.dumps(config))
+    for name in ("evil.py", "modeling_own.py", "configuration_own.py", "tokenization_own.py"):
+        plant_module(final / name, room.payload(), "OwnConfig", "OwnForCausalLM")
+    (final / "SHA256SUMS").unlink()
+    return [*EXPORT, "--trust-remote-code", repository.trust]
+
+
+@case(USAGE, says="a folder has no commit")
+def trust_in_a_folder(room: Any) -> list[str]:
+    auto_map = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    room.edit_json("config.json", model_type="evil", architectures=["EvilModel"], auto_map=auto_map)
+    plant_module(room.model / "evil.py", room.payload(), "EvilConfig", "EvilModel")
+    return ["fine-tune", "recipe.yaml", "--trust-remote-code", f"owner/own-llama@{'0' * 40}"]
+
+
+@case(USAGE, says="needs no code of its own")
+def trust_where_transformers_has_the_code(room: Any) -> list[str]:
+    repository = planted(room)
+    repository.edit_json("config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    return trusting(repository)
+
+
+@case(MODEL, says="its tokenizer needs Python code")
+def code_in_the_tokenizer_only(room: Any) -> None:
+    repository = room.own_llama()
+    repository.edit_json("config.json", model_type="llama", architectures=["LlamaForCausalLM"], auto_map=None)
+    repository.give_tokenizer_code()
+    repository.plant(room.payload())
+
+
+@case(MODEL, says="its tokenizer needs Python code")
+def code_in_the_tokenizer_of_packed_data(room: Any) -> list[str]:
+    repository = room.own_llama()
+    repository.give_tokenizer_code()
+    repository.plant(room.payload())
+    return ["pack-data", "recipe.yaml"]
+
+
+@case(MODEL, says="which an estimate never runs")
+def code_of_the_hub_for_the_estimate(room: Any) -> list[str]:
+    planted(room)
+    return ["estimate-memory", "recipe.yaml", "--memory", "8GiB"]
+
+
+@case(MODEL, says="does not name it")
+def an_adapter_whose_base_brings_trusted_code(room: Any) -> list[str]:
+    command = adapter_config(room, base_model_name_or_path="owner/own-llama", revision="0" * 40)
+    repository = planted(room)
+    return [*command, "--trust-remote-code", repository.trust]
+
+
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
@@ -1050,6 +1228,15 @@ def a_record_of_wrong_types(room: Any) -> None:
         json.dumps(record | {"micro_batch_size": "x", "run_id": ["../.."], "finished": False})
     )
     shutil.rmtree(run / "final")
+
+
+def test_trusted_code_is_run_and_seen_to_be(room: Any) -> None:
+    """Otherwise nothing would follow from the canaries above that stayed silent."""
+    repository = room.own_llama()
+    repository.plant(room.payload())
+    done = room.run(*trusting(repository))
+    assert done.code == OK, done.stderr
+    assert "the payload ran" in room.escapes(done)
 
 
 SECRET = "bait-4f1d-not-for-anyone"

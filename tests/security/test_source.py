@@ -49,6 +49,11 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def is_by_trust(options: ast.expr) -> bool:
+    """Whether ``**options`` are made by the one function that says whether code may be run, here or a line above."""
+    return (isinstance(options, ast.Call) and dotted(options.func) == "code_options") or dotted(options) == "by_trust"
+
+
 def faults(tree: ast.AST) -> list[str]:
     """What stands in ``tree`` and may not, each with its line."""
     found = []
@@ -71,7 +76,10 @@ def faults(tree: ast.AST) -> list[str]:
                 and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
             ]
             owner, _, method = called.rpartition(".")
-            refuses = any(keyword.arg in ("trust_remote_code", None) for keyword in node.keywords)
+            refuses = any(
+                keyword.arg == "trust_remote_code" or (keyword.arg is None and is_by_trust(keyword.value))
+                for keyword in node.keywords
+            )
             if owner in AUTO_CLASSES and method in ("from_pretrained", "from_config") and not refuses:
                 said.append(f"{called} without trust_remote_code")
         elif isinstance(node, ast.Constant) and node.value in KEYWORDS:  # in a dict of options
@@ -83,6 +91,8 @@ def faults(tree: ast.AST) -> list[str]:
 ALLOWED = {
     # the name of a key that other tools know, with the sentence that our reader answers it with
     "recipe/foreign_names.py": {"'trust_remote_code'"},
+    # the one place where it may be true
+    "model/trusted_code.py": {"'trust_remote_code'"},
 }
 
 
@@ -111,6 +121,7 @@ def test_nothing_in_the_package_runs_what_it_reads(path: Path) -> None:
         "model(trust_remote_code=True)",
         "options = {'trust_remote_code': True}",
         "AutoTokenizer.from_pretrained(folder)",
+        "AutoTokenizer.from_pretrained(folder, **options)",
         "importlib.import_module(name)",
     ],
 )
@@ -120,4 +131,5 @@ def test_the_search_finds(text: str) -> None:
 
 def test_what_is_harmless_is_not_found() -> None:
     text = "yaml.safe_load(text)\nAutoConfig.from_pretrained(folder, trust_remote_code=False)\nsubprocess.run(['ls'])\n"
+    text += "AutoConfig.from_pretrained(folder, **code_options(code))\n"
     assert not faults(ast.parse(text))

@@ -121,6 +121,13 @@ def run(request: dict[str, Any]) -> int:
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if home := request["environment"].get("HF_HOME"):
+        import huggingface_hub.constants
+        import transformers.dynamic_module_utils
+
+        huggingface_hub.constants.HF_HUB_CACHE = f"{home}/hub"
+        for module in (transformers.utils, transformers.dynamic_module_utils):
+            module.HF_MODULES_CACHE = f"{home}/modules"
     os.chdir(request["folder"])
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     watch(request["events"])

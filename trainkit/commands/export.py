@@ -11,8 +11,10 @@ from trainkit.run_folder import RunFolder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trainkit.model.trusted_code import Trust
 
-def export(run: Path, *, merge: bool, output: Path | None, json_output: bool) -> None:
+
+def export(run: Path, *, trust: Trust | None = None, merge: bool, output: Path | None, json_output: bool) -> None:
     """Merge the adapter of ``run`` into its base model, verify it, and say what was verified.
 
     Raises UsageError without ``merge``: the run's final/ already is the adapter in peft's own format.
@@ -25,7 +27,7 @@ def export(run: Path, *, merge: bool, output: Path | None, json_output: bool) ->
     from trainkit.model.merging import merge_adapter
 
     with Console(json_only=json_output) as console:
-        report = merge_adapter(run, output)
+        report = merge_adapter(run, output, trust)
         for sentence in report.sentences():
             console.show(sentence)
         console.show(f"written to {report.output}")

@@ -21,10 +21,12 @@ from trainkit.errors import CheckpointError, DataError, DivergedError, LostProce
 from trainkit.launched import Launched, launch_option, launched, send_output_to
 from trainkit.memory.fit import advice_after_failure, fit
 from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
+from trainkit.model.checking import code_of_model
 from trainkit.model.export import save_result, verify_result, verify_tokenizer
 from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
 from trainkit.model.result_folder import check_free
+from trainkit.model.trusted_code import FLAG as TRUST_FLAG
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
 from trainkit.training.assembly import Base, assemble, base_fingerprint, check_sharding, read_base, whole_model
@@ -64,11 +66,12 @@ from trainkit.training.step import HalfUpdatedError, StopRequested
 if TYPE_CHECKING:
     import torch
 
+    from trainkit.model.trusted_code import Trust
     from trainkit.recipe.reader import ReadRecipe
     from trainkit.recipe.schema import Recipe
 
 
-def fine_tune(read: ReadRecipe, *, fresh: bool, json_output: bool) -> None:
+def fine_tune(read: ReadRecipe, *, trust: Trust | None = None, fresh: bool, json_output: bool) -> None:
     """Run the recipe, continue it, or say that it is finished; the error tree lists what may be raised."""
     here = launched()
     with ExitStack() as stack:
@@ -76,7 +79,7 @@ def fine_tune(read: ReadRecipe, *, fresh: bool, json_output: bool) -> None:
         console = stack.enter_context(Console(json_only=json_output, stdout=nowhere, stderr=nowhere))
         interruption = stack.enter_context(Interruption(lambda signal: console.at_once(_heard(signal))))
         try:
-            console.result(_run(read, here, fresh=fresh, console=console, interruption=interruption))
+            console.result(_run(read, here, trust, fresh=fresh, console=console, interruption=interruption))
         except KeyboardInterrupt:
             raise _stopped(interruption, "before training began or went on", "nothing is lost", early=True) from None
         except (RuntimeError, OSError) as error:
@@ -86,7 +89,13 @@ def fine_tune(read: ReadRecipe, *, fresh: bool, json_output: bool) -> None:
 
 
 def _run(
-    read: ReadRecipe, here: Launched, *, fresh: bool, console: Console, interruption: Interruption
+    read: ReadRecipe,
+    here: Launched,
+    trust: Trust | None,
+    *,
+    fresh: bool,
+    console: Console,
+    interruption: Interruption,
 ) -> dict[str, Any]:
     recipe = read.recipe
     folder = check_output(recipe.output_dir)
@@ -96,7 +105,8 @@ def _run(
     precision = plan_precision(recipe.precision, device)
     if here.shards:
         check_sharding(recipe)
-    base = read_base(recipe)
+    with nullcontext() if trust is None else prepares_alone(default_cache()):  # the code is copied, and then imported
+        base = read_base(recipe, trust)
     encoder = Encoder(base.tokenizer, recipe.data, recipe.packing)
     with prepares_alone(default_cache()):
         data = prepare(recipe, encoder, default_cache(), console.progress)
@@ -138,10 +148,11 @@ def _run(
                     data_key=data.key,
                     base_model=base_fingerprint(base.location),
                     micro_batch_size=start.micro_batch_size,
+                    trusted_code=_trusted_code(base),
                 )
             else:
                 record = _continued(folder, earlier, recipe, trainer, start, console)
-            _write_circumstances(folder, recipe, data, trainer)
+            _write_circumstances(folder, recipe, base, data, trainer)
         record = RunRecord(**from_first(accelerator, None if record is None else asdict(record)))
         if not here.speaks:
             send_output_to(folder.logs / f"rank-{here.rank}.log")
@@ -252,8 +263,15 @@ def _earlier_run(folder: RunFolder, recipe: Recipe, base: Base, data: PreparedDa
     if record is None:
         return None
     fingerprint = base_fingerprint(base.location)
-    changes = check_continuation(folder, record, recipe, data_key=data.key, base_model=fingerprint)
+    changes = check_continuation(
+        folder, record, recipe, data_key=data.key, base_model=fingerprint, trusted_code=_trusted_code(base)
+    )
     return EarlierRun(record, read_recipe(str(folder.recipe)).recipe, tuple(changes))
+
+
+def _trusted_code(base: Base) -> str:
+    """Whose code came with the model and is run, as the flag names it; nothing where none is."""
+    return "" if base.location.code is None else str(base.location.code)
 
 
 def _checkpoint_to_continue(folder: RunFolder, earlier: EarlierRun, console: Console) -> Path | None:
@@ -306,13 +324,14 @@ def _checkpoints_at_a_time(recipe: Recipe, trainer: Trainer, data: PreparedData)
     return min(wanted.keep_last, -(-steps // (wanted.every_steps or steps)))
 
 
-def _write_circumstances(folder: RunFolder, recipe: Recipe, data: PreparedData, trainer: Trainer) -> None:
+def _write_circumstances(folder: RunFolder, recipe: Recipe, base: Base, data: PreparedData, trainer: Trainer) -> None:
     sources = recipe.data.train + (recipe.data.eval if isinstance(recipe.data.eval, tuple) else ())
     environment = describe_environment(
         trainer.accelerator.device,
         seed=recipe.training.seed,
         processes=trainer.accelerator.num_processes,
         data_files=[file for source in sources for file in source_files(source)],
+        trusted_code=_trusted_code(base),
     )
     write_json(folder.environment, environment)
     write_json(folder.ledger, data.train.ledger.to_json())
@@ -544,7 +563,9 @@ class Run:
         self.saver.wait()
         self.trainer.accelerator.wait_for_everyone()
         counters = self.trainer.counters
-        command = shlex.join(["trainkit", "fine-tune", str(self.folder.recipe), *launch_option()])
+        trusted = _trusted_code(self.base)
+        flag = (TRUST_FLAG, trusted) if trusted else ()
+        command = shlex.join(["trainkit", "fine-tune", str(self.folder.recipe), *flag, *launch_option()])
         raise Stopped(
             f"{signal.name} after step {counters.step} of {self.trainer.plan.steps}; state saved in "
             f"{self.folder.checkpoints / step_name(counters.step)}; "
@@ -600,8 +621,10 @@ class Run:
             chat_template=self.encoder.chat_template,
         )
         row = trainer.rows.row(0)
-        sentences += verify_result(self.folder.final, model, row.ids_T[: int(row.segment_lengths[0])])
-        verify_tokenizer(self.folder.final, self.base.tokenizer, self.encoder.chat_template)
+        first_document_T = row.ids_T[: int(row.segment_lengths[0])]
+        code = self.base.location.code
+        sentences += verify_result(self.folder.final, model, first_document_T, code_of_model(self.base.location))
+        verify_tokenizer(self.folder.final, self.base.tokenizer, self.encoder.chat_template, code)
         summary: dict[str, Any] = {
             "output_dir": str(self.folder.root),
             "final": str(self.folder.final),

@@ -13,11 +13,12 @@ from trainkit.data.bulk_encoding import fast_or_by_reference
 from trainkit.data.document_stream import encoded_blocks, recognised_source
 from trainkit.data.encoding import Encoded, Encoder, show_tokens
 from trainkit.data.mask_gate import MaskGate
-from trainkit.model.loading import load_tokenizer, locate_model
+from trainkit.model.loading import code_of_tokenizer, load_tokenizer, locate_model
 
 if TYPE_CHECKING:
     from trainkit.data.bulk_encoding import BulkEncoder
     from trainkit.data.document_stream import EncodedBlock
+    from trainkit.model.trusted_code import Trust
     from trainkit.recipe.reader import ReadRecipe
     from trainkit.recipe.schema import Source
 
@@ -66,7 +67,7 @@ class SourceCounts:
         return self.trained_tokens / max(1, self.tokens)
 
 
-def inspect_data(read: ReadRecipe, *, examples: int, json_output: bool) -> None:
+def inspect_data(read: ReadRecipe, *, trust: Trust | None = None, examples: int, json_output: bool) -> None:
     """Show the first ``examples`` of each source with what is trained highlighted, then counts over all of them.
 
     Reads and encodes everything, so that a bad example anywhere is found. Raises DataError and ModelError as a run
@@ -74,7 +75,11 @@ def inspect_data(read: ReadRecipe, *, examples: int, json_output: bool) -> None:
     """
     recipe = read.recipe
     with Console(json_only=json_output) as console:
-        encoder = Encoder(load_tokenizer(locate_model(recipe.model)), recipe.data, recipe.packing)
+        location = locate_model(recipe.model, trust)
+        tokenizer = load_tokenizer(location)
+        if sentence := code_of_tokenizer(location, tokenizer):
+            console.show(sentence)
+        encoder = Encoder(tokenizer, recipe.data, recipe.packing)
         held_out = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
         sources = (*recipe.data.train, *held_out)
         seen, how = fast_or_by_reference(

@@ -21,7 +21,7 @@ from trainkit.data.row_plan import TOO_LONG
 from trainkit.data.sealed_folder import CONDEMNED, MANIFEST, TEMPORARY_PREFIX
 from trainkit.errors import MachineError, ModelError, Stopped, UsageError
 from trainkit.model.checking import CONFIG_FILE, read_config
-from trainkit.model.loading import load_tokenizer, locate_model
+from trainkit.model.loading import code_of_tokenizer, load_tokenizer, locate_model
 from trainkit.plotting import check_plot_path, new_figure, save
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trainkit.data.packing_quality import LengthBand, PackingQuality
     from trainkit.data.preparation import PreparedData, Progress
     from trainkit.model.locating import ModelLocation
+    from trainkit.model.trusted_code import Trust
     from trainkit.recipe.reader import ReadRecipe
 
 Form = Literal["store", "parquet"]
@@ -50,7 +51,14 @@ class Wanted:
 
 
 def pack_data(
-    read: ReadRecipe, *, output: Path | None, form: Form, plot: Path | None, force: bool, json_output: bool
+    read: ReadRecipe,
+    *,
+    trust: Trust | None = None,
+    output: Path | None,
+    form: Form,
+    plot: Path | None,
+    force: bool,
+    json_output: bool,
 ) -> None:
     """Prepare the data of the recipe as ``fine-tune`` does, and report; ``force`` makes it anew where it is there.
 
@@ -63,11 +71,13 @@ def pack_data(
     with Console(json_only=json_output) as console:
         clock = StageClock(console.progress)
         with _interruption_said(clock):
-            location = _locate(read)
+            location = _locate(read, trust)
             beyond = _beyond_positions(location, recipe.packing.sequence_length)
             if beyond:
                 console.warn(beyond)
             tokenizer = load_tokenizer(location)
+            if sentence := code_of_tokenizer(location, tokenizer):
+                console.show(sentence)
             encoder = Encoder(tokenizer, recipe.data, recipe.packing)
             clock.end("tokenizer")
             root = wanted.output if wanted.output is not None and wanted.form == "store" else default_cache()
@@ -80,10 +90,10 @@ def pack_data(
         console.result(_as_json(data, quality, made, clock.seconds()))
 
 
-def _locate(read: ReadRecipe) -> ModelLocation:
+def _locate(read: ReadRecipe, trust: Trust | None) -> ModelLocation:
     """Where the tokenizer lies; what is wrong with it is said of the option that named it."""
     try:
-        return locate_model(read.recipe.model)
+        return locate_model(read.recipe.model, trust)
     except ModelError as error:
         origin = read.origins["model.name"]
         if origin != "--tokenizer":

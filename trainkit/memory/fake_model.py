@@ -21,6 +21,7 @@ from trainkit.model.adapters import attach_adapter, trained_share
 from trainkit.model.attention import AttentionChoice, choose_attention
 from trainkit.model.loading import quiet_libraries
 from trainkit.model.sharding import decoder_layers
+from trainkit.model.trusted_code import needs_code
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,8 +78,8 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.get("model_type")
-    if "auto_map" in config and kind not in CONFIG_MAPPING:
-        raise ModelError(f"model_type {kind!r}: needs code of its own (trust_remote_code), which is never run here")
+    if needs_code(config):
+        raise ModelError(f"model_type {kind!r}: needs code of its own (trust_remote_code), which no estimate runs")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"config.json: model_type {kind!r} is unknown to this transformers; use another model")
     values = {name: value for name, value in config.items() if name not in {"model_type", "auto_map"}}

@@ -155,6 +155,7 @@ def _surely_causal(config: Mapping[str, Any]) -> bool:
         and all(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in named)
         and not config.get("is_encoder_decoder")
         and not config.get("quantization_config")
+        and not config.get("auto_map")  # its architecture may be of its own
     )
 
 

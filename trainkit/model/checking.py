@@ -15,22 +15,27 @@ import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import ModelError
+from trainkit.model.trusted_code import COMMIT, FLAG, REFERENCE, code_options, how_to_trust, known_causal, needs_code
+from trainkit.run_folder import leads_out
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from trainkit.model.locating import ModelLocation
+    from trainkit.model.trusted_code import Trust
     from trainkit.recipe.schema import Packing
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 DIGESTS = "SHA256SUMS"  # in the format of sha256sum(1)
 SINGLE_FILE = "model.safetensors"
@@ -165,6 +170,43 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_code(folder: Path, trust: Trust) -> None:
+    """Raise ModelError unless the code that the snapshot ``folder`` names is its own, is there and is unchanged.
+
+    ``auto_map`` can name a module of another repository, and a file anywhere on this machine. The hub's cache calls the
+    content of a file by the id that git gives it.
+    """
+    for file in sorted(folder.rglob("*.py")):
+        if leads_out(file, folder):
+            raise ModelError(f"{file}: is a link out of the hub's cache, and is not followed; remove this snapshot")
+        blob = file.resolve().name
+        if COMMIT.fullmatch(blob) and _git_id(file) != blob:
+            raise ModelError(f"{file}: changed after it was fetched; remove {file.resolve()} to fetch it again")
+    for path in (folder / CONFIG_FILE, folder / TOKENIZER_CONFIG_FILE):
+        if not path.is_file():
+            continue
+        for reference in _references(path):
+            parts = REFERENCE.fullmatch(reference)
+            if parts is None:
+                raise ModelError(f"{path}: auto_map: {reference[:60]!r} is no module.Class of the repository")
+            if parts["repository"] not in {None, trust.repository}:
+                raise ModelError(
+                    f"{path}: auto_map names code of another repository ({parts['repository'][:60]}), which is never "
+                    f"run: {FLAG} trusts {trust.repository} alone"
+                )
+            if not (folder / f"{parts['module']}.py").is_file():
+                raise ModelError(
+                    f"{path}: auto_map names {parts['module']}.py, which is not there; run the same command once with "
+                    "the hub in reach (without HF_HUB_OFFLINE)"
+                )
+
+
+def _git_id(path: Path) -> str:
+    """The id that git gives to the content of a file (git-hash-object(1))."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content), usedforsecurity=False).hexdigest()
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of ``config.json``, which names an architecture. Raises ModelError; loads no other library."""
     path = folder / CONFIG_FILE
@@ -186,25 +228,34 @@ def _check_implementations(path: Path, values: Mapping[str, Any]) -> None:
             )
 
 
-def check_architecture(path: Path, values: Mapping[str, Any]) -> None:
+def code_of_model(location: ModelLocation) -> Trust | None:
+    """The trusted code, where the model itself needs it; the tokenizer may where this is None."""
+    return location.code if location.code is not None and needs_code(read_config(location.folder)) else None
+
+
+def check_architecture(path: Path, values: Mapping[str, Any], location: ModelLocation | None = None) -> None:
     """Raise ModelError unless the content of a config.json describes a model that transformers can make and we train.
 
-    It must be a causal language model of transformers' own code, and not quantised already.
+    It must be a causal language model and not quantised already; of transformers' own code, or of code that came with
+    ``location`` and is trusted. Without a location code is never run.
     """
     from transformers import __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     model_type = values["model_type"]
-    if model_type not in CONFIG_MAPPING_NAMES:
-        if values.get("auto_map"):
-            raise ModelError(
-                f"{path}: model_type `{model_type}` needs code from the model's own repository (trust_remote_code), "
-                "which is never run; take a model that transformers itself knows"
-            )
+    if needs_code(values):
+        if location is None or location.code is None:
+            way_out = "which an estimate never runs" if location is None else how_to_trust(location)
+            what = f"model_type `{model_type}`" if model_type not in CONFIG_MAPPING_NAMES else "its architecture"
+            raise ModelError(f"{path}: {what} needs Python code of the model's own, {way_out}")
+        if "AutoModelForCausalLM" not in values["auto_map"] or values.get("is_encoder_decoder"):
+            raise ModelError(f"{path}: the code in auto_map is of no causal language model (AutoModelForCausalLM)")
+    elif model_type not in CONFIG_MAPPING_NAMES:
         close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING_NAMES), n=1, cutoff=0.75)
         hint = f"did you mean `{close[0]}`?" if close else "a newer transformers may know it; model code is never run"
         raise ModelError(f"{path}: transformers {__version__} does not know model_type `{model_type}`; {hint}")
-    _check_causal(path, values)
+    else:
+        _check_causal(path, values)
     if values.get("quantization_config"):
         raise ModelError(
             f"{path}: the weights are quantised already; give the unquantised model (adapter.type: qlora quantises it)"
@@ -217,18 +268,34 @@ def _check_config(location: ModelLocation) -> PretrainedConfig:
 
     path = location.folder / CONFIG_FILE
     values = read_config(location.folder)
-    check_architecture(path, values)
+    check_architecture(path, values, location)
+    code = code_of_model(location)
     for key in SIZES:
         if isinstance(size := values.get(key), int) and size < 1:
             raise ModelError(f"{path}: `{key}` is {size}, and no model is that small; restore the file")
     if (location.folder / GENERATION_CONFIG_FILE).is_file():
         read_json(location.folder / GENERATION_CONFIG_FILE, missing="missing")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(location.folder), **code_options(code))
+    except Exception as error:
+        if code is not None:
+            raise _unusable(code, path, error) from error
+        if not isinstance(error, OSError | ValueError | TypeError | KeyError | AttributeError | StrictDataclassError):
+            raise
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
         raise ModelError(f"{path}: {in_one_line(cause or error)}; restore the file") from error
+    if code is not None:  # what names this repository by its hub id is in the folder too
+        named = config.auto_map.items()
+        config.auto_map = {
+            name: reference.rpartition("--")[2] if isinstance(reference, str) else reference
+            for name, reference in named
+        }
     return config
+
+
+def _unusable(code: Trust, path: Path, error: BaseException) -> ModelError:
+    """For trusted code that cannot be imported, or makes no model of its configuration."""
+    return ModelError(f"{path}: the code of {code} cannot be used: {in_one_line(error, 160)}")
 
 
 def empty_model(location: ModelLocation, config: PretrainedConfig) -> PreTrainedModel:
@@ -236,10 +303,15 @@ def empty_model(location: ModelLocation, config: PretrainedConfig) -> PreTrained
     import torch
     from transformers import AutoModelForCausalLM
 
+    code = code_of_model(location)
+    by_trust = code_options(code)
+    by_trust.pop("code_revision", None)  # it would reach the model's own constructor; the folder is that commit anyway
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), **by_trust)
     except Exception as error:  # whatever a model's own code says of sizes that do not go together
+        if code is not None:
+            raise _unusable(code, location.folder / CONFIG_FILE, error) from error
         raise ModelError(
             f"{location.folder / CONFIG_FILE}: it describes no model: {in_one_line(error)}; restore the file"
         ) from error
@@ -250,8 +322,7 @@ def _check_causal(path: Path, values: Mapping[str, Any]) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     named = values.get("architectures") or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    wrong_class = bool(named) and not causal.intersection(named)
+    wrong_class = bool(named) and not known_causal(named)
     no_class = values["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if wrong_class or no_class or values.get("is_encoder_decoder"):
         what = named[0] if named else values["model_type"]
@@ -323,6 +394,15 @@ def read_json(path: Path, *, missing: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: must be a JSON object; restore the file")
     return values
+
+
+def _references(path: Path) -> Iterator[str]:
+    """Every ``module.Class`` that a configuration's ``auto_map`` names; a tokenizer's are pairs, or a bare list."""
+    auto_map = read_json(path, missing="missing").get("auto_map") or {}
+    values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    for value in chain.from_iterable(value if isinstance(value, list) else [value] for value in values):
+        if value is not None:
+            yield str(value)
 
 
 def _stored_tensor(facts: Mapping[str, Any]) -> StoredTensor:

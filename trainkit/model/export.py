@@ -17,10 +17,11 @@ import torch
 from trainkit.errors import DivergedError, ModelError
 from trainkit.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE
 from trainkit.model.adapters import trained_share
-from trainkit.model.checking import in_one_line
+from trainkit.model.checking import code_of_model, in_one_line
 from trainkit.model.loading import keep_packed_as_stored, quantisation, quiet_libraries, stored_dtype
 from trainkit.model.model_card import CardFacts, model_card
 from trainkit.model.result_folder import new_folder
+from trainkit.model.trusted_code import code_options, is_of_trusted_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from trainkit.model.locating import ModelLocation
+    from trainkit.model.trusted_code import Trust
 
 VERIFIED_TOKENS = 256  # enough context for every layer to matter, few enough for the logits of a large vocabulary
 FP32_TOLERANCE = 1e-5  # relative: the same sums in another order, as a GPU or 16 bit may have them
@@ -76,6 +78,8 @@ def save_result(
         facts = CardFacts(
             base_model=location.public_name,
             base_revision=location.revision if location.hub_id else None,
+            model_code=code_of_model(location),
+            tokenizer_code=location.code if is_of_trusted_code(tokenizer) else None,
             method=f"{_method(model)} adapter" if is_adapter else "full fine-tune",
             is_adapter=is_adapter,
             has_chat_template=bool(chat_template or tokenizer.chat_template),
@@ -89,13 +93,17 @@ def save_result(
 
 
 def verify_result(
-    folder: Path, model: PeftModel | PreTrainedModel, ids_T: NDArray[Any] | Sequence[int]
+    folder: Path,
+    model: PeftModel | PreTrainedModel,
+    ids_T: NDArray[Any] | Sequence[int],
+    code: Trust | None = None,
 ) -> tuple[str, ...]:
     """Load ``folder`` anew with plain transformers and peft and compare with ``model``: weights bitwise, then logits.
 
     The logits are those of the tokens ``ids_T``, with plain attention on both sides, in the dtype that the base is held
     in. In fp32 on a CPU they must be the same bits, elsewhere within :data:`FP32_TOLERANCE`. What rounding a full model
-    to its checkpoint's dtype moves is measured apart, and said. Raises ModelError when the two are not the same.
+    to its checkpoint's dtype moves is measured apart, and said. ``code`` is what the model needs of its own. Raises
+    ModelError when the two are not the same.
     """
     is_adapter = _is_adapter(model)
     device = next(model.parameters()).device
@@ -103,7 +111,7 @@ def verify_result(
     base = model.get_base_model() if is_adapter else model
     held = _frozen_dtype(base) if is_adapter else torch.float32
     expected = logits_of(model, ids_RT, held)
-    anew = _load_as_held(folder, model, held, device)
+    anew = _load_as_held(folder, model, held, device, code)
     _check_tensors(folder, model, anew)
     rounding = ""
     if not is_adapter and (saved := _saved_dtype(folder)) != torch.float32:
@@ -125,16 +133,20 @@ def verify_result(
     return (f"loaded anew by plain {library}: same weights, {same}{rounding}",)
 
 
-def verify_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+def verify_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, trust: Trust | None = None
+) -> None:
     """Load the tokenizer of ``folder`` anew and compare with what was used: vocabulary, special tokens, template.
 
-    Raises ModelError when it cannot be loaded or is not the same.
+    Code is run, of which the folder then has a copy, only where the tokenizer that was used is of such. Raises
+    ModelError when it cannot be loaded or is not the same.
     """
     from transformers import AutoTokenizer
 
+    code = trust if is_of_trusted_code(tokenizer) else None
     try:
         with quiet_libraries():
-            anew = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            anew = AutoTokenizer.from_pretrained(str(folder), **code_options(code))
     except Exception as error:  # a damaged file fails in as many ways as tokenizers have parsers
         raise ModelError(f"{folder}: its tokenizer cannot be loaded: {in_one_line(error)}") from error
     wanted = {
@@ -213,9 +225,12 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, chat_templ
 
 
 def load_plainly(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bool = False
+    folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bool = False, code: Trust | None = None
 ) -> PeftModel | PreTrainedModel:
-    """A result as somebody without trainkit loads it. Raises ModelError when it cannot be loaded."""
+    """A result as somebody without trainkit loads it; with the ``code`` that its model needs.
+
+    Raises ModelError when it cannot be loaded, or when its base is not what the code belongs to.
+    """
     with quiet_libraries():
         from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
@@ -228,11 +243,12 @@ def load_plainly(
     with quiet_libraries():
         try:
             if not (folder / ADAPTER_CONFIG).is_file():
-                return AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, **options)
+                return AutoModelForCausalLM.from_pretrained(str(folder), **code_options(code), **options)
             config = PeftConfig.from_pretrained(str(folder))
-            base = AutoModelForCausalLM.from_pretrained(
-                config.base_model_name_or_path, revision=config.revision, trust_remote_code=False, **options
-            )
+            name, revision = config.base_model_name_or_path, config.revision
+            if code is not None and (name, revision) != (code.repository, code.commit):
+                raise ModelError(f"{folder}: its base is {name} at {revision}, and the code trusted is that of {code}")
+            base = AutoModelForCausalLM.from_pretrained(name, revision=revision, **code_options(code), **options)
             keep_packed_as_stored(base)
             return PeftModel.from_pretrained(base, str(folder))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -281,7 +297,11 @@ def _plain_attention(model: PeftModel | PreTrainedModel) -> Iterator[None]:
 
 
 def _load_as_held(
-    folder: Path, model: PeftModel | PreTrainedModel, held: torch.dtype, device: torch.device
+    folder: Path,
+    model: PeftModel | PreTrainedModel,
+    held: torch.dtype,
+    device: torch.device,
+    code: Trust | None,
 ) -> PeftModel | PreTrainedModel:
     """The result loaded plainly, each weight in the dtype it has in ``model``.
 
@@ -290,7 +310,7 @@ def _load_as_held(
     base = model.get_base_model() if _is_adapter(model) else model
     four_bit = bool(getattr(base, "is_loaded_in_4bit", False))
     through_fp32 = _is_adapter(model) and bool(model.peft_config["default"].modules_to_save)
-    anew = load_plainly(folder, torch.float32 if through_fp32 else held, device, four_bit=four_bit)
+    anew = load_plainly(folder, torch.float32 if through_fp32 else held, device, four_bit=four_bit, code=code)
     if through_fp32 and held != torch.float32:
         for name, parameter in anew.named_parameters():
             if parameter.is_floating_point() and ".modules_to_save." not in name and ".lora_" not in name:

@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 
 from trainkit.errors import MachineError, ModelError
 from trainkit.model.checking import (
+    TOKENIZER_CONFIG_FILE,
     check_model,
     check_vocabulary,
+    code_of_model,
     in_one_line,
     read_json,
     some_of,
@@ -28,6 +30,7 @@ from trainkit.model.checking import (
     weight_files,
 )
 from trainkit.model.locating import ModelLocation, locate_model
+from trainkit.model.trusted_code import code_options, how_to_trust, is_of_trusted_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +45,7 @@ __all__ = [
     "check_extras",
     "check_model",
     "check_vocabulary",
+    "code_of_tokenizer",
     "keep_packed_as_stored",
     "load_model",
     "load_tokenizer",
@@ -52,7 +56,17 @@ __all__ = [
     "tokenizer_sentences",
 ]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG_FILE, "special_tokens_map.json")
+# What a tokenizer of a model's own code may not change: texts are encoded by its engine, which knows nothing of it.
+ENCODING_METHODS = (
+    "__call__",
+    "encode",
+    "_encode_plus",
+    "decode",
+    "_decode",
+    "apply_chat_template",
+    "backend_tokenizer",
+)
 SPARE_TOKEN = re.compile(
     r"pad|reserved|unused|extra_|finetune_right", re.IGNORECASE
 )  # how model makers name tokens without a use
@@ -116,24 +130,23 @@ def load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
     Where ``tokenizer.json`` and the class named in ``tokenizer_config.json`` cut text differently, the file is taken:
     it is what the model was trained with. Raises ModelError where there is none that gives offsets.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = location.folder
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
         raise ModelError(f"{folder}: no tokenizer: copy tokenizer.json and tokenizer_config.json of the model here")
     try:
         with quiet_libraries():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            tokenizer = _declared(location)
             if _differs_from_file(tokenizer, location):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         for name in TOKENIZER_FILES:  # what is no JSON is named with its line
             if (folder / name).is_file():
                 read_json(folder / name, missing="missing")
-        if "custom code" in str(error):
+        if _asks_for_code(error):
             raise ModelError(
-                f"{folder}: its tokenizer needs code from the model's own repository (trust_remote_code), which is "
-                "never run; give a model with a tokenizer.json"
+                f"{folder}: its tokenizer needs Python code of the model's own, {how_to_trust(location)}"
             ) from error
         raise ModelError(
             f"{folder}: its tokenizer cannot be loaded: {in_one_line(error, 80)}; copy tokenizer.json and "
@@ -144,6 +157,8 @@ def load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
             f"{folder}: {type(tokenizer).__name__} gives no offsets; add a tokenizer.json "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one for most models)"
         )
+    if is_of_trusted_code(tokenizer):
+        _check_encodes_by_engine(location, tokenizer)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.pad_token = _pad_token(tokenizer, location)
     return tokenizer
@@ -165,6 +180,15 @@ def tokenizer_sentences(location: ModelLocation, tokenizer: PreTrainedTokenizerB
     if type(tokenizer).__name__ != declared and _differs_from_file(_declared(location), location):
         sentences.append(f"tokenizer.json is taken as it stands: {declared} would cut text differently")
     return tuple(sentences)
+
+
+def code_of_tokenizer(location: ModelLocation, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a command that loads no more than the tokenizer says of the trusted code; None where none is trusted."""
+    if location.code is None:
+        return None
+    if is_of_trusted_code(tokenizer):
+        return f"code: the tokenizer runs Python code of {location.code.repository}, commit {location.code.commit}"
+    return f"code: none of {location.code.repository} was run, its tokenizer needs none"
 
 
 def load_model(
@@ -200,7 +224,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # so that the mismatch is ours to name
                 local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=False,
+                **code_options(code_of_model(location)),
                 **options,
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -330,19 +354,41 @@ def _not_finite(tensor: torch.Tensor) -> int:
 
 
 def _tokenizer_config(location: ModelLocation) -> dict[str, Any]:
-    path = location.folder / "tokenizer_config.json"
+    path = location.folder / TOKENIZER_CONFIG_FILE
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return values if isinstance(values, dict) else {}
 
 
 def _declared(location: ModelLocation) -> PreTrainedTokenizerBase:
+    """The tokenizer as its folder says, by code of its own only where transformers has none and it is trusted."""
     from transformers import AutoTokenizer
 
+    folder = str(location.folder)
     with quiet_libraries():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(location.folder), trust_remote_code=False
-        )
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except ValueError as error:
+            if location.code is None or not _asks_for_code(error):
+                raise
+            tokenizer = AutoTokenizer.from_pretrained(folder, **code_options(location.code))
     return tokenizer
+
+
+def _asks_for_code(error: BaseException) -> bool:
+    """Whether transformers refuses because it may not run code; it has no class of its own for that."""
+    return "custom code" in str(error)
+
+
+def _check_encodes_by_engine(location: ModelLocation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ModelError where the tokenizer's own code encodes or renders otherwise than its engine and template do."""
+    from transformers import PreTrainedTokenizerFast
+
+    for name in ENCODING_METHODS:
+        if getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None):
+            raise ModelError(
+                f"{location.folder}: the code of its tokenizer has a `{name}` of its own, so that what is trained "
+                "cannot be shown to be right; give a model whose tokenizer is all in its tokenizer.json"
+            )
 
 
 def _differs_from_file(tokenizer: PreTrainedTokenizerBase, location: ModelLocation) -> bool:

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainkit.errors import MachineError, ModelError, UsageError, first_line
+from trainkit.model.checking import check_code
+from trainkit.model.trusted_code import COMMIT, FLAG
 from trainkit.run_folder import expanded, leads_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trainkit.model.trusted_code import Trust
     from trainkit.recipe.schema import Model
+
 
 SHIPPED_MODELS = Path(__file__).resolve().parent.parent / "shipped" / "models"
 SHIPPED_NAMES = ("tiny",)
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt"]
+CODE_FILES = ["*.py"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,15 @@ class ModelLocation:
     """A model that lies on this machine.
 
     ``name`` is what the recipe says, ``folder`` an absolute path. ``hub_id`` and ``revision`` (a commit) are set for a
-    model of the hub.
+    model of the hub. ``code`` is set where the Python code that comes with it may be run; it then is that of
+    ``hub_id`` and ``revision``.
     """
 
     name: str
     folder: Path
     revision: str | None = None
     hub_id: str | None = None
+    code: Trust | None = None
 
     @property
     def reference(self) -> str:
@@ -46,12 +53,14 @@ class ModelLocation:
         return self.hub_id or (self.name if self.name in SHIPPED_NAMES else self.folder.name)
 
 
-def locate_model(model: Model) -> ModelLocation:
+def locate_model(model: Model, trust: Trust | None = None) -> ModelLocation:
     """The local folder of ``model``; a hub id is downloaded (safetensors, configuration and tokenizer only).
 
-    Raises ModelError where there is no such folder, or where the hub does not give the model, and UsageError for a
-    revision of a folder.
+    With ``trust``, its Python files too, at that commit. Raises ModelError where there is no such folder, or where the
+    hub does not give the model, and UsageError for a revision of a folder and for a trust in anything but this model.
     """
+    if trust is not None:
+        _check_trust(model, trust)
     if model.name in SHIPPED_NAMES:
         return ModelLocation(model.name, SHIPPED_MODELS / model.name)
     path = expanded(model.name)
@@ -68,7 +77,7 @@ def locate_model(model: Model) -> ModelLocation:
     if near is not None or looks_like_path(model.name):
         hint = f"; did you mean {near}?" if near else "; give a folder, a hub id (owner/name) or `tiny`"
         raise ModelError(f"model.name: no such folder: {model.name}{hint}")
-    return _from_hub(model.name, model.revision)
+    return _from_hub(model.name, model.revision, trust)
 
 
 def check_entries(folder: Path) -> None:
@@ -121,12 +130,50 @@ def download_config(name: str, revision: str | None) -> Path:
             ) from error
 
 
-def _from_hub(name: str, revision: str | None) -> ModelLocation:
+def _check_trust(model: Model, trust: Trust) -> None:
+    """Raise UsageError unless the trust is in this model of the hub, at the commit that the recipe asks for."""
+    is_folder = model.name in SHIPPED_NAMES or expanded(model.name).exists() or looks_like_path(model.name)
+    if is_folder:
+        raise UsageError(
+            f"{FLAG}: {model.name} is no model of the hub: a folder has no commit that would say which code this is; "
+            f"give {trust.repository} as the model, or leave the flag out"
+        )
+    if model.name != trust.repository:
+        raise UsageError(
+            f"{FLAG}: trusts {trust.repository}, and the model is {model.name}; code is run from no other repository "
+            "than the model's own"
+        )
+    if model.revision is not None and COMMIT.fullmatch(model.revision.lower()):
+        _check_commit(model.revision.lower(), model.revision, trust)
+
+
+def _check_commit(commit: str, revision: str, trust: Trust) -> None:
+    """Raise UsageError unless ``commit``, which the ``revision`` of the recipe stands for, is the trusted one."""
+    if commit != trust.commit:
+        stands_for = "" if commit == revision.lower() else f", which is {commit}"
+        raise UsageError(
+            f"{FLAG}: trusts the commit {trust.commit}, and model.revision is {revision}{stands_for}; model and code "
+            "are taken from one commit"
+        )
+
+
+def _from_hub(name: str, revision: str | None, trust: Trust | None) -> ModelLocation:
     import huggingface_hub
 
+    if trust is not None:
+        if revision is not None:
+            _check_commit(download_config(name, revision).parent.name, revision, trust)
+        revision = trust.commit
     with _hub_failures(name, revision):
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    return ModelLocation(name, folder, revision=folder.name, hub_id=name)
+        patterns = HUB_FILES if trust is None else HUB_FILES + CODE_FILES
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    if trust is not None:
+        if folder.name != trust.commit:  # a branch may be called like a commit
+            raise ModelError(
+                f"{FLAG}: the hub has no commit {trust.commit} of {name}, but a branch or tag of that name"
+            )
+        check_code(folder, trust)
+    return ModelLocation(name, folder, revision=folder.name, hub_id=name, code=trust)
 
 
 @contextmanager

@@ -12,7 +12,16 @@ import torch
 from trainkit.errors import ModelError, UsageError
 from trainkit.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter_config
 from trainkit.model.adapters import trained_tensor_names
-from trainkit.model.checking import DIGESTS, check_model, in_one_line, recorded_digests, sha256, stored_dtype
+from trainkit.model.checking import (
+    DIGESTS,
+    check_model,
+    code_of_model,
+    in_one_line,
+    read_json,
+    recorded_digests,
+    sha256,
+    stored_dtype,
+)
 from trainkit.model.export import (
     FP32_TOLERANCE,
     Difference,
@@ -33,6 +42,7 @@ from trainkit.model.locating import (
 )
 from trainkit.model.model_card import merged_card
 from trainkit.model.result_folder import check_free, new_folder
+from trainkit.model.trusted_code import needless, read_trust
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Model, Packing
 from trainkit.run_folder import RunFolder
@@ -44,6 +54,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from trainkit.model.trusted_code import Trust
     from trainkit.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
@@ -106,18 +117,21 @@ class MergeReport:
         }
 
 
-def merge_adapter(run: Path, output: Path | None = None) -> MergeReport:
+def merge_adapter(run: Path, output: Path | None = None, trust: Trust | None = None) -> MergeReport:
     """Merge the adapter of the run folder ``run`` into its base model and write a plain model to ``output``.
 
-    Raises UsageError when there is nothing to merge, ``output`` exists or recipe.yaml is damaged, ModelError when base
-    or adapter are damaged or when a check fails: nothing is written then.
+    ``trust`` is in the code that the base model needs. Raises UsageError when there is nothing to merge, ``output``
+    exists, recipe.yaml is damaged or the trust has no use, ModelError when base or adapter are damaged or when a check
+    fails: nothing is written then.
     """
     folder = RunFolder(run)
     output = run / "merged" if output is None else output
     _check_run(folder)
     check_free(output, replace=False)
-    location = _base_of(folder)
+    location = _base_of(folder, trust)
     check_model(location, Packing(sequence_length=8))
+    if trust is not None and code_of_model(location) is None:
+        raise needless(trust)
     base = load_model(location, None, torch.float32, CPU).model
     before = _digests(base.state_dict())
     ids_RT = _probe(base)
@@ -166,7 +180,7 @@ def _check_run(folder: RunFolder) -> None:
             raise ModelError(f"{path}: changed after it was written (SHA-256); restore it")
 
 
-def _base_of(folder: RunFolder) -> ModelLocation:
+def _base_of(folder: RunFolder, trust: Trust | None) -> ModelLocation:
     from pathlib import Path
 
     config = read_adapter_config(folder.final)
@@ -178,14 +192,22 @@ def _base_of(folder: RunFolder) -> ModelLocation:
         and path.name in SHIPPED_NAMES
         and path.parent.name == SHIPPED_MODELS.name
     ):
-        return locate_model(Model(name=path.name))  # the package moved since; the model in it is the same
+        return locate_model(Model(name=path.name), trust)  # the package moved since; the model in it is the same
     recipe = _recipe_of(folder)
     if not path.is_dir() and not looks_like_path(name) and (recipe is None or name != recipe.model.name):
         raise ModelError(
             f"{folder.final / ADAPTER_CONFIG}: its base model {name} is no folder here, and the run's recipe.yaml does "
             "not name it; restore them"
         )
-    return locate_model(Model(name=name, revision=revision))
+    return locate_model(Model(name=name, revision=revision), trust)
+
+
+def _code_of_tokenizer(final: Path) -> Trust | None:
+    """Whose code lies beside the tokenizer of a result, as the run's record says; None where none does."""
+    record = RunFolder(final.parent).marker
+    if not any(final.glob("*.py")) or not record.is_file():
+        return None
+    return read_trust(read_json(record, missing="missing").get("trusted_code") or None)
 
 
 def _attach(base: PreTrainedModel, final: Path) -> PeftModel:
@@ -297,14 +319,26 @@ def _write(
     with new_folder(report.output, replace=False) as staging:
         with quiet_libraries():
             write_model(merged, staging, dtype, location)
+        # The model's own configuration and code stay: they are loaded below, and what lies beside an adapter may be
+        # somebody else's.
+        apart = {ADAPTER_CONFIG, ADAPTER_FILE, DIGESTS, "README.md", *(path.name for path in staging.iterdir())}
         for path in sorted(final.iterdir()):
-            if path.is_file() and path.name not in {ADAPTER_CONFIG, ADAPTER_FILE, DIGESTS, "README.md"}:
+            if path.is_file() and path.name not in apart:
                 shutil.copyfile(path, staging / path.name)
         readme = final / "README.md"
         card = readme.read_text(encoding="utf-8") if readme.is_file() else f"# Merged from {final}\n"
         chat = (final / "chat_template.jinja").is_file()
+        code = code_of_model(location)
         (staging / "README.md").write_text(
-            merged_card(card, report.base_model, report.sentences(), chat=chat), encoding="utf-8"
+            merged_card(
+                card,
+                report.base_model,
+                report.sentences(),
+                chat=chat,
+                model_code=code,
+                tokenizer_code=_code_of_tokenizer(final),
+            ),
+            encoding="utf-8",
         )
-        anew = load_plainly(staging, torch.float32, CPU)
+        anew = load_plainly(staging, torch.float32, CPU, code=code)
         _within(FP32_TOLERANCE, expected, logits_of(anew, ids_RT, torch.float32), "the written model")

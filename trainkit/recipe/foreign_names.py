@@ -187,9 +187,14 @@ _TURNS = "`data.train_on: completions` trains every assistant turn with its end"
 _PADDED = "rows are always filled up to `packing.sequence_length`; leave it out"
 _TRACKER = "write `tracking: [wandb]`; the run's name is its output_dir"
 
+_CODE = (
+    "no recipe can allow that a model's own code is run; the flag `--trust-remote-code OWNER/NAME@COMMIT` of "
+    "`trainkit fine-tune` can, for one commit of the model"
+)
+
 # Foreign keys without a key of ours, and what to do instead.
 NOTES: dict[str, str] = {
-    "trust_remote_code": "code from a model's folder is never run; leave it out",
+    "trust_remote_code": _CODE, "code_revision": _CODE,
     "tf32": "say `precision: bf16`, `fp16` or `fp32`",
     "load_in_8bit": "8-bit bases are not offered; `adapter: {type: qlora}` loads the base in 4 bit",
     "quantization_method": "`adapter: {type: qlora}` loads the base in 4 bit",

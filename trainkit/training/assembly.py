@@ -15,13 +15,14 @@ from trainkit.errors import UsageError
 from trainkit.launched import launched
 from trainkit.model.adapters import attach_adapter, check_adapter
 from trainkit.model.attention import choose_attention
-from trainkit.model.checking import check_model, check_vocabulary, empty_model, weight_files
+from trainkit.model.checking import check_model, check_vocabulary, code_of_model, empty_model, weight_files
 from trainkit.model.isolation import prove_isolation
 from trainkit.model.loading import load_model, load_tokenizer, quiet_libraries, tokenizer_sentences
 from trainkit.model.locating import ModelLocation, locate_model
 from trainkit.model.loss import HeadPath, LossModel
 from trainkit.model.precision import PrecisionPlan, make_scaler
 from trainkit.model.sharding import give_back, shard_fully, whole
+from trainkit.model.trusted_code import Trust, is_of_trusted_code, needless
 from trainkit.training.loop import Counters, Trainer
 from trainkit.training.optimizer import make_optimizer
 from trainkit.training.plan import make_plan
@@ -51,19 +52,36 @@ class Base:
     facts: tuple[Fact, ...]
 
 
-def read_base(recipe: Recipe) -> Base:
+def read_base(recipe: Recipe, trust: Trust | None = None) -> Base:
     """Find the model, check its files and load its tokenizer; no weight is read.
 
-    Raises ModelError, and UsageError for an adapter that does not fit the model.
+    Raises ModelError, and UsageError for an adapter that does not fit the model and for a trust without use.
     """
-    location = locate_model(recipe.model)
+    location = locate_model(recipe.model, trust)
     config = check_model(location, recipe.packing)
     tokenizer = load_tokenizer(location)
     check_vocabulary(tokenizer, config)
+    facts = [("code", sentence) for sentence in _code_sentences(location, tokenizer)]
     with quiet_libraries():
         check_adapter(empty_model(location, config), recipe.adapter)
-    facts = tuple(("tokenizer", sentence) for sentence in tokenizer_sentences(location, tokenizer))
-    return Base(location, config, tokenizer, facts)
+    facts += [("tokenizer", sentence) for sentence in tokenizer_sentences(location, tokenizer)]
+    return Base(location, config, tokenizer, tuple(facts))
+
+
+def _code_sentences(location: ModelLocation, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Whose code runs, and where a copy of it lies. Raises UsageError where some is trusted and none is needed."""
+    from transformers.utils import HF_MODULES_CACHE
+
+    if location.code is None:
+        return []
+    needed = (("the model", code_of_model(location) is not None), ("the tokenizer", is_of_trusted_code(tokenizer)))
+    parts = " and ".join(what for what, is_needed in needed if is_needed)
+    if not parts:
+        raise needless(location.code)
+    return [
+        f"Python code of {location.code.repository}, commit {location.code.commit}, is run for {parts}",
+        f"copied to {HF_MODULES_CACHE}; it can do whatever you can",
+    ]
 
 
 def assemble(

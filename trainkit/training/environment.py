@@ -23,9 +23,9 @@ LARGEST_LFS_POINTER_BYTES = 1024
 
 
 def describe_environment(
-    device: torch.device, *, seed: int, processes: int, data_files: Iterable[Path]
+    device: torch.device, *, seed: int, processes: int, data_files: Iterable[Path], trusted_code: str = ""
 ) -> dict[str, Any]:
-    """The content of environment.json."""
+    """The content of environment.json. ``trusted_code``: whose code came with the model and is run."""
     devices = []
     if device.type == "cuda":
         for index in range(torch.cuda.device_count()):
@@ -43,6 +43,7 @@ def describe_environment(
         "torch_threads": torch.get_num_threads(),
         "processes": processes,
         "seed": seed,
+        "trusted_code": trusted_code or None,
         "data_commits": {str(file): commit for file in data_files if (commit := git_commit(file)) is not None},
     }
 

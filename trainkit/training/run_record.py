@@ -39,13 +39,17 @@ FITTING = ("training.micro_batch_size", "model.activation_checkpointing")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of run.json. ``data_key`` and ``base_model`` are fingerprints of the packed data and the base."""
+    """The content of run.json. ``data_key`` and ``base_model`` are fingerprints of the packed data and the base.
+
+    ``trusted_code`` is repository and commit of the code that came with the model; empty where none is run.
+    """
 
     run_id: str
     data_key: str
     base_model: str
     micro_batch_size: int
     finished: bool = False
+    trusted_code: str = ""
     format: int = FORMAT
 
 
@@ -181,13 +185,19 @@ def has_begun(folder: RunFolder) -> bool:
     return logged or saved or folder.final.exists()
 
 
-def begin_run(folder: RunFolder, recipe: Recipe, *, data_key: str, base_model: str, micro_batch_size: int) -> RunRecord:
+def begin_run(
+    folder: RunFolder, recipe: Recipe, *, data_key: str, base_model: str, micro_batch_size: int, trusted_code: str = ""
+) -> RunRecord:
     """Write the recipe and the record of a new run.
 
     The recipe names this very folder, so that from elsewhere too it continues this run and begins no other.
     """
     record = RunRecord(
-        run_id=secrets.token_hex(8), data_key=data_key, base_model=base_model, micro_batch_size=micro_batch_size
+        run_id=secrets.token_hex(8),
+        data_key=data_key,
+        base_model=base_model,
+        micro_batch_size=micro_batch_size,
+        trusted_code=trusted_code,
     )
     write_record(folder, record)  # first: a folder that holds anything else without it is not known as ours
     folder.remove_leftovers()
@@ -213,7 +223,7 @@ def finish_run(folder: RunFolder, record: RunRecord) -> RunRecord:
 
 
 def check_continuation(
-    folder: RunFolder, record: RunRecord, recipe: Recipe, *, data_key: str, base_model: str
+    folder: RunFolder, record: RunRecord, recipe: Recipe, *, data_key: str, base_model: str, trusted_code: str = ""
 ) -> list[str]:
     """What the recipe changes for the rest of the run in ``folder``, as ``key: before → after``.
 
@@ -222,14 +232,17 @@ def check_continuation(
     before = read_recipe(str(folder.recipe)).recipe
     changed = recipe_differences(before, recipe)
     differing = [line for key, line in changed.items() if key not in POLICY + LENGTH + FITTING]
+    if record.trusted_code != trusted_code:
+        differing.append(f"--trust-remote-code: {record.trusted_code or 'not given'} → {trusted_code or 'not given'}")
     if not differing and record.data_key != data_key:
         differing = ["the data, the tokenizer or the chat template (their content, not the recipe)"]
     if not differing and record.base_model != base_model:
         differing = ["the base model (its files, not the recipe)"]
     if differing:
+        and_flag = "" if record.trusted_code == trusted_code else " and flag"
         raise CheckpointError(
-            f"{folder.root}: holds a run that differs in {'; '.join(differing)}. Give the same recipe to continue it, "
-            "--fresh to put it aside, or another output_dir"
+            f"{folder.root}: holds a run that differs in {'; '.join(differing)}. Give the same recipe{and_flag} "
+            "to continue it, --fresh to put it aside, or another output_dir"
         )
     return list(changed.values())
 

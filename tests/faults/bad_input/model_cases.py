@@ -335,7 +335,7 @@ MORE_MODEL_CASES = [
         "code of its own",
         config(model_type="mymodel", auto_map={"AutoConfig": "a.B"}),
         4,
-        r"^model/config\.json: model_type `mymodel` needs code.*that transformers itself knows$",
+        r"^model/config\.json: model_type `mymodel` needs Python code.*not run from a folder.*OWNER/NAME@COMMIT$",
     ),
     Case(
         "an encoder",
@@ -524,7 +524,7 @@ MORE_MODEL_CASES = [
         "an unknown class of tokenizer with code",
         tokenizer_config(tokenizer_class="MyTokenizer", auto_map={"AutoTokenizer": ["a.B", None]}),
         4,
-        r"^model: its tokenizer needs code .*, which is never run; give a model with a tokenizer\.json$",
+        r"^model: its tokenizer needs Python code .*not run from a folder.*--trust-remote-code OWNER/NAME@COMMIT$",
     ),
     Case(
         "generation_config.json broken",
