@@ -30,3 +30,14 @@ def test_it_prints_a_table_of_what_it_found() -> None:
     lines = table(found).splitlines()
     assert lines[:2] == ["| what | measured |", "|---|---|"]
     assert all(line.count("|") == 3 for line in lines)
+
+
+@pytest.mark.long
+def test_pauses_are_those_of_another_thread() -> None:
+    command = [sys.executable, "scripts/bench", "pauses", "--quick", "--json"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    works = json.loads(done.stdout)["works"]
+    assert len(works) == 8
+    assert all(0 <= one["longest_pause_seconds"] < 5 for one in works.values())
+    assert any(one["longest_pause_seconds"] > 0 for one in works.values())

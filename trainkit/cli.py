@@ -29,10 +29,9 @@ from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
 from trainkit.recipe.schema import Packing
 from trainkit.recipe.secrets import holds_secret, without_secrets
-from trainkit.run_folder import RunFolder
+from trainkit.run_folder import DISK_FULL, RunFolder
 
 EXIT_BUG, EXIT_USAGE, EXIT_MODEL, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 4, 5, 130
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 DISK_REFUSES = frozenset({errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 
 app = typer.Typer(

@@ -8,6 +8,7 @@ Nothing in this module loads torch.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -55,6 +56,17 @@ def launched() -> Launched:
         local_processes=int(environment.get("LOCAL_WORLD_SIZE", "1")),
         shards=shards,
     )
+
+
+def address_towards(address: str, port: int) -> str | None:
+    """An address of this machine, on its way to another one; None where there is no way. Nothing is sent."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
 
 
 _terminals: list[TextIO] = []  # stderr as it was, once output goes elsewhere

@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.reliability import measure_reliability, table
 
             found = measure_reliability(options)
+        elif options.verb == "pauses":
+            from benchmarks.pauses import measure_pauses, table
+
+            found = measure_pauses(options)
         elif options.verb == "scale":
             from benchmarks.scale import measure_scale, table
 
@@ -112,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     reliability.add_argument("--quick", action="store_true", help="a short run: seconds, and no result")
     reliability.add_argument("--json", action="store_true", help="print one JSON object")
+    pauses = verbs.add_parser(
+        "pauses",
+        help="how long what a run does keeps its heartbeat waiting",
+        description="The longest time in which another thread did not run while tensors and a model were made, saved, "
+        "loaded, hashed and trained. A Markdown table.",
+    )
+    pauses.add_argument("--quick", action="store_true", help="a small model: seconds, and no result")
+    pauses.add_argument("--json", action="store_true", help="print one JSON object")
     scale = verbs.add_parser(
         "scale",
         help="memory and time of a step on 8 to 1,024 GPUs, on paper; packing in shards, measured",

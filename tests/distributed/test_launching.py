@@ -265,3 +265,32 @@ def test_two_hosts(bench: Workbench, two_hosts: tuple[tuple[str, ...], tuple[str
     print(f"{kind} on two hosts: largest relative difference in metrics.jsonl {difference:.1e}")
     assert difference <= 1e-6
     assert second.said == ""
+
+
+@pytest.mark.long
+def test_one_that_hangs_alone_on_its_host_is_killed_by_its_launcher(
+    bench: Workbench, two_hosts: tuple[tuple[str, ...], tuple[str, ...], str]
+) -> None:
+    """No process beside it can do that. The second host has a name of its own."""
+    *programs, address = two_hosts
+    renamed = ("unshare", "--uts", "sh", "-c", 'hostname second-host && exec "$@"', "sh")
+    recipe = bench.recipe("hanging-host")
+    started: list[Started] = []
+    for rank, program in enumerate([programs[0], (*renamed, *programs[1])]):
+        file = machine_file(bench, "hanging-host", rank, address, 29518)
+        started.append(bench.start(recipe, None, "--launch", str(file), program=program))
+    started[0].wait_for_step(6)
+    stopped = started[1].workers()[0]
+    stopped.suspend()
+    begun = time.monotonic()
+    first = started[0].end()
+    print(f"the first host ended after {time.monotonic() - begun:.1f} s")
+    assert first.code == 75, first.said
+    [line] = first.error_lines()
+    assert line.startswith(f"error: process 1 (pid {stopped.pid} on second-host) has not answered for 90 seconds")
+    assert time.monotonic() - begun < 120
+    second = started[1].end()
+    print(f"the second host ended after {time.monotonic() - begun:.1f} s")
+    assert second.code == 75, second.said
+    [line] = second.error_lines()
+    assert line.startswith("error: process 1 was killed (SIGKILL)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,12 @@ from tests.distributed.workbench import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import psutil
     from transformers import PreTrainedTokenizerBase
 
 ALMOST = 1e-6
 SOON_SECONDS = 30.0
+NAMED_WITHIN_SECONDS = 120.0
 
 FAILS_IN_ONE = """
 ordinary = module.rows_of_step
@@ -47,6 +51,9 @@ def rows_of_step(plan, seed, step):
     return ordinary(plan, seed, step)
 
 module.rows_of_step = rows_of_step
+"""
+QUICK_BEATS = """
+module.BEAT_SECONDS, module.SILENT_SECONDS = 0.25, 3.0
 """
 KILLED_WHILE_SAVING = """
 ordinary = module.write_checkpoint
@@ -134,6 +141,80 @@ def test_one_is_killed_and_the_same_command_goes_on(bench: Workbench, uninterrup
         *(f"{kind}-0000{part}-of-00002.safetensors" for kind in ("weights", "optimizer") for part in (1, 2)),
     }
     assert_comes_to(bench.run(recipe), uninterrupted)
+
+
+def assert_named(ended: Ended, rank: int, stopped: psutil.Process, seconds: float) -> None:
+    assert ended.code == 75, ended.said
+    [line] = ended.error_lines()
+    where = f"process {rank} (pid {stopped.pid} on {socket.gethostname()})"
+    assert line.startswith(f"error: {where} has not answered for {seconds:g} seconds")
+    assert len(line) <= 200 + len(where)
+    assert not stopped.is_running()
+
+
+def test_one_that_hangs_is_named_and_the_same_command_goes_on(bench: Workbench, uninterrupted: Ended) -> None:
+    recipe = bench.recipe("hanging")
+    environment = write_fault(bench.root / "quick-beats", "trainkit.training.heartbeats", QUICK_BEATS)
+    started = bench.start(recipe, "two-ddp", environment=environment)
+    started.wait_for_step(random.randint(5, 12))
+    rank = random.randint(0, 1)
+    stopped = started.workers()[rank]
+    stopped.suspend()
+    ended = end_soon(started, time.monotonic())
+    assert_named(ended, rank, stopped, 3)
+    assert_comes_to(bench.run(recipe, "two-ddp"), uninterrupted)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "rank"), [("two-ddp", 0), ("two-fsdp2", 1), ("four-ddp", 2)])
+def test_one_that_hangs_is_named_within_two_minutes(
+    bench: Workbench, uninterrupted: Ended, kind: str, rank: int
+) -> None:
+    recipe = bench.recipe(f"hanging-{kind}")
+    started = bench.start(recipe, kind)
+    started.wait_for_step(random.randint(5, 12))
+    stopped = started.workers()[rank]
+    stopped.suspend()
+    sent = time.monotonic()
+    ended = started.end()
+    print(f"{recipe.stem}: ended after {time.monotonic() - sent:.1f} s")
+    assert time.monotonic() - sent < NAMED_WITHIN_SECONDS
+    assert_named(ended, rank, stopped, 90)
+    assert_comes_to(bench.run(recipe, kind), uninterrupted)
+
+
+@pytest.mark.long
+def test_when_all_are_stopped_for_a_while_nobody_is_blamed(bench: Workbench, uninterrupted: Ended) -> None:
+    """As a batch system suspends a job, or a laptop sleeps."""
+    recipe = bench.recipe("suspended")
+    environment = write_fault(bench.root / "quick-beats-suspended", "trainkit.training.heartbeats", QUICK_BEATS)
+    started = bench.start(recipe, "two-ddp", environment=environment)
+    started.wait_for_step(4)
+    for worker in started.workers():
+        worker.suspend()
+    time.sleep(8)
+    for worker in started.workers():
+        worker.resume()
+    ended = started.end()
+    assert ended.code == 0, ended.said
+    assert ended.error_lines() == []
+    assert largest_difference(ended, uninterrupted) <= ALMOST
+
+
+@pytest.mark.long
+def test_torchrun_is_not_held_up_by_one_that_hangs(bench: Workbench, uninterrupted: Ended) -> None:
+    recipe = bench.recipe("hanging-torchrun")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainkit")
+    environment = write_fault(bench.root / "quick-beats-torchrun", "trainkit.training.heartbeats", QUICK_BEATS)
+    started = bench.start(recipe, program=torchrun, environment=environment)
+    started.wait_for_step(6)
+    stopped = started.workers()[1]
+    stopped.suspend()
+    ended = end_soon(started, time.monotonic())
+    assert ended.code != 0
+    [line] = ended.error_lines()
+    assert line.startswith(f"error: process 1 (pid {stopped.pid} on ")
+    assert_comes_to(bench.run(recipe, "two-ddp"), uninterrupted)
 
 
 def test_one_fails_and_its_message_stands_there_once(bench: Workbench) -> None:

@@ -23,6 +23,7 @@ from trainkit.errors import MachineError
 from trainkit.training import saving
 from trainkit.training.checkpoint import newest_checkpoint, step_name
 from trainkit.training.retention import Retention
+from trainkit.training.run_record import check_output
 from trainkit.training.saving import Saver
 
 if TYPE_CHECKING:
@@ -61,6 +62,24 @@ def leave_free(ballast: Path, free_bytes: int) -> None:
 
 def size_of(folder: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_an_output_dir_that_takes_no_files_is_refused_at_once(tmp_path: Path, state: str) -> None:
+    with tmpfs(tmp_path / "disk", 2**20) as disk:
+        (disk / "run").mkdir()
+        leave_free(disk / "ballast", 0)
+        if state == "read-only":
+            (disk / "ballast").write_bytes(b"")
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        reason = {
+            "full": r"No space left on device \(tried in .*\); free some space, or name a new folder$",
+            "read-only": r"Read-only file system \(tried in .*\); name a new folder$",
+        }[state]
+        for name in ("run", "not/there/yet"):
+            with pytest.raises(MachineError, match=reason):
+                check_output(str(disk / name))
+        assert {path.name for path in disk.rglob("*")} == {"run", "ballast"}
 
 
 @pytest.mark.goal("A6 a save with 0 to 100 % of its size free, beside the check of the room")
@@ -146,7 +165,9 @@ def test_a_run_whose_disk_fills_up_goes_on_when_there_is_room(
         )
         ended = full_story.forks.run(full_story.command(folder), fault=fault)
         problems = []
-        at_export = "/final: cannot be written: the disk is full" in ended.said
+        at_export = re.search(
+            r"/final: cannot be written: the disk is full \(\d[\d,]* bytes more are needed\); free", ended.said
+        )
         said = re.search(r"\(\d[\d,]* bytes more are needed\); newest good one: .*/step-\d{6}\.", ended.said)
         if ended.code == 5 and not said and not at_export:
             problems.append(f"said {ended.said[-300:]}")

@@ -6,11 +6,11 @@ import json
 import random
 import shutil
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.faults.forks import Fault, Outcome, Story, logged_steps, published
+from tests.faults.forks import Fault, Outcome, Story, contents, differences, lines_of, logged_steps, published
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +90,45 @@ def test_a_signal_in_each_phase(story: Story, tmp_path: Path, where: str, number
     ended = story.forks.run(story.command(folder), fault=fault)
     tally.count(f"{number.name} in {where}", problems_of(story, folder, ended, number))
     tally.note()
+
+
+@pytest.mark.parametrize("steps", [12, 17])
+def test_the_last_evaluation_is_made_up_for(story: Story, tmp_path: Path, steps: int) -> None:
+    """Stopped in it, the last checkpoint knows nothing of it; what goes on from there, longer or not, must not miss it.
+
+    The last step of the shorter run has no evaluation by its number.
+    """
+    every_five = {"evaluation": {"every_steps": 5, "samples": 1, "exact_match": 2, "max_new_tokens": 2}}
+    longer = {**every_five, "training": {**story.recipe["training"], "steps": steps}}
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    assert story.forks.run(story.command(calm, every_five)).code == 0
+
+    # Evaluations before the first step and after the fifth and tenth, and twelve steps: the line of the last step.
+    fault = Fault(at=15, operation="write", path=r"metrics\.jsonl$", signal=signal.SIGTERM)
+    ended = story.forks.run(story.command(stopped, every_five), fault=fault)
+    assert ended.code == 75
+    assert "SIGTERM after step 12 of 12" in ended.said
+    assert '"step": 12' in lines_of(stopped / "metrics.jsonl")[-1]
+    assert "eval_loss" not in lines_of(stopped / "metrics.jsonl")[-1]
+
+    for folder in (calm, stopped):
+        again = story.forks.run(story.command(folder, longer))
+        assert again.code == 0, again.said
+    found, expected = without_older_states(stopped), without_older_states(calm)
+    assert not differences(expected, found)
+    assert any("exact_match" in line and line["step"] == 12 for line in found["metrics.jsonl"])
+    one, other = (json.loads((folder / "summary.json").read_bytes()) for folder in (calm, stopped))
+    measured = {"checkpoints", *(key for key in one if "memory" in key or "second" in key)}
+    assert {k: v for k, v in one.items() if k not in measured | {"output_dir", "final"}} == {
+        k: v for k, v in other.items() if k not in measured | {"output_dir", "final"}
+    }
+
+
+def without_older_states(folder: Path) -> dict[str, Any]:
+    """Contents; of the checkpoint that was saved before the evaluation of its step, its state is left out."""
+    found = contents(folder)
+    found.pop("checkpoints/step-000012/state.json", None)
+    return found
 
 
 @pytest.mark.goal("A7 a second SIGINT: stops at once, the last good checkpoint stays good")

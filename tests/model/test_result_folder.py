@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from trainkit.errors import UsageError
+from trainkit.errors import MachineError, UsageError
 from trainkit.model.result_folder import MARK, new_folder
 
 
 def write(folder: Path, content: str) -> None:
-    with new_folder(folder, replace=True) as staging:
+    with new_folder(folder, replace=True, size_bytes=9) as staging:
         (staging / "weights").write_text(content)
 
 
@@ -83,7 +86,7 @@ def test_the_result_that_a_kill_had_put_aside_is_back_before_anything_is_written
     write(folder, "good")
     killed(folder, "abcd1234", earlier=True)
     assert not folder.exists()
-    with new_folder(folder, replace=True):
+    with new_folder(folder, replace=True, size_bytes=9):
         assert (folder / "weights").read_text() == "good"
 
 
@@ -123,3 +126,24 @@ def test_a_workplace_that_was_taken_for_a_leftover_is_made_again(
     write(tmp_path / "final", "whole")
     assert len(made) == 2
     assert names(tmp_path) == ["final"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, os.strerror(28)), SafetensorError("I/O error: No space left (28)")])
+def test_a_full_disk_says_how_many_bytes_are_missing(tmp_path: Path, error: Exception) -> None:
+    folder = tmp_path / "not" / "yet" / "final"
+    free = shutil.disk_usage(tmp_path).free
+
+    def write_in_vain() -> None:
+        with new_folder(folder, replace=True, size_bytes=free + 10**9) as staging:
+            (staging / "weights").write_bytes(b"x" * 5 * 2**20)
+            raise error
+
+    with pytest.raises(MachineError) as raised:
+        write_in_vain()
+    said = re.fullmatch(
+        rf"{folder}: cannot be written: the disk is full \(([\d,]+) bytes more are needed\); free some space",
+        str(raised.value),
+    )
+    assert said
+    assert int(said[1].replace(",", "")) == pytest.approx(10**9, abs=10**8)  # others write to this disk too
+    assert names(folder.parent) == []

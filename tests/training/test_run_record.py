@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -113,8 +117,61 @@ def test_a_file_and_a_folder_below_a_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(MachineError, match="no permission in"):
+    with pytest.raises(
+        MachineError, match=r"run cannot be written: Permission denied \(tried in .*locked\); name a new"
+    ):
         check_output(str(tmp_path / "locked" / "run"))
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "fsync", "rename"])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("exists", [True, False], ids=["there", "not there yet"])
+def test_a_place_that_takes_no_files_is_refused_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, number: int, exists: bool
+) -> None:
+    """Permissions say nothing of a disk that is full or read-only, of a quota, of a server that maps root to nobody."""
+    run = tmp_path / "run"
+    if exists:
+        run.mkdir()
+
+    def fails(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    if operation == "write":
+
+        class Refusing(io.FileIO):
+            write = fails
+
+        monkeypatch.setattr(Path, "open", lambda path, mode, **rest: Refusing(path, mode.replace("b", "")))
+    else:
+        owner = os if operation == "fsync" else Path
+        monkeypatch.setattr(owner, operation, fails)
+    with pytest.raises(MachineError) as raised:
+        check_output(str(run))
+    monkeypatch.undo()
+    place = run if exists else tmp_path
+    space = "free some space, or " if number in {errno.ENOSPC, errno.EDQUOT} else ""
+    assert str(raised.value).endswith(
+        f"run cannot be written: {os.strerror(number)} (tried in {place}); {space}name a new folder"
+    )
+    assert list(tmp_path.rglob("*")) == ([run] if exists else [])
+
+
+def test_what_is_tried_with_is_not_taken_for_anothers_file(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process of the same run looks into the folder at that moment, or this one is killed then."""
+    folder.root.mkdir()
+    for moment in ("rename", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, moment, lambda *_, **__: sys.exit("killed"))
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+            with suppress(SystemExit):
+                check_output(str(folder.root))
+        assert list(folder.root.iterdir())
+        check_output(str(folder.root))
+        begin_run(folder, RECIPE, data_key="data", base_model="base", micro_batch_size=2)
+        assert {path.name for path in folder.root.iterdir()} == {"run.json", "recipe.yaml"}
+        for path in folder.root.iterdir():
+            path.unlink()
 
 
 # The lock

@@ -18,7 +18,7 @@ from trainkit.data.encoding import Encoder
 from trainkit.data.preparation import PreparedData, default_cache, prepare
 from trainkit.data.sources import source_files
 from trainkit.errors import CheckpointError, DataError, DivergedError, LostProcessError, MachineError, Stopped
-from trainkit.launched import Launched, launch_option, launched, send_output_to
+from trainkit.launched import Launched, is_first_to_fail, launch_option, launched, send_output_to, terminal
 from trainkit.memory.fit import advice_after_failure, fit
 from trainkit.memory.machine import forget_peak, held_in_words, is_out_of_memory, peak_memory_bytes
 from trainkit.model.checking import code_of_model
@@ -33,6 +33,7 @@ from trainkit.training.assembly import Base, assemble, base_fingerprint, check_s
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, step_of
 from trainkit.training.environment import describe_environment
 from trainkit.training.evaluation import Answer, answer_prompts, check_last_update, evaluate_loss, stop_ids
+from trainkit.training.heartbeats import heartbeats
 from trainkit.training.interruption import Interruption
 from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, remarks, train
 from trainkit.training.metrics import MetricsLog, NoLog, Trackers, check_trackers, open_trackers, read_metrics
@@ -126,6 +127,7 @@ def _run(
         if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
             return dict(json.loads(folder.summary.read_bytes())) if here.speaks else {}
+        stack.enter_context(heartbeats(accelerator, partial(_say_at_once, console), console.warn))
         trainer, facts = assemble(recipe, base, data.train, precision, start.micro_batch_size, accelerator)
         _show_facts(console, facts)
         checkpoint = None if start.checkpoint is None else Path(start.checkpoint)
@@ -224,6 +226,13 @@ def _stopped(interruption: Interruption, when: str, state: str, *, early: bool =
         by_keyboard=signal is Signals.SIGINT,
         launcher_tells=early,
     )
+
+
+def _say_at_once(console: Console, line: str) -> None:
+    """Say why the run ends, from another thread than the main one; only the first process to fail says it."""
+    if is_first_to_fail(LostProcessError.exit_code):
+        Console(stderr=terminal()).at_once(f"error: {line}")
+    console.close()
 
 
 def _show_facts(console: Console, facts: list[tuple[str, str]]) -> None:
@@ -445,7 +454,6 @@ class Run:
         self.trainer.restore(state)
         self.metrics.truncate_to(state.log_bytes["metrics"])
         self.samples.truncate_to(state.log_bytes["samples"])
-        self.saver.tidy(self._retention(), state.step)
         _show_facts(self.console, [("run", f"continues after step {state.step}, from {checkpoint}")])
 
     def _open_trackers(self) -> Trackers:
@@ -463,6 +471,8 @@ class Run:
         steps = self.trainer.plan.steps
         with TrainingView(self.console) as view:
             self._evaluate_if_due(view)
+            if self.trainer.counters.step:  # after the evaluation, which may say of another checkpoint that it is best
+                self.saver.tidy(self._retention(), self.trainer.counters.step)
             for report in train(self.trainer, self._stop_requested):
                 self.saver.check()
                 numbers = json_numbers(report) | self.memory.after_step()
@@ -489,7 +499,7 @@ class Run:
     def _evaluate_if_due(self, view: TrainingView) -> None:
         """Evaluate before the first step, at intervals and after the last; never twice at the same step."""
         counters, every = self.trainer.counters, self.read.recipe.evaluation.every_steps
-        at_an_end = counters.step in {0, self.trainer.plan.steps}
+        at_an_end = counters.step in {0, self.trainer.plan.steps} or counters.evaluation_missing
         if self.data.evaluation is None and counters.step == self.trainer.plan.steps:
             check_last_update(self.trainer)
         due = at_an_end or (every is not None and counters.step % every == 0)
@@ -499,6 +509,7 @@ class Run:
             result = evaluate_loss(self.trainer, self.data.evaluation, self._stop_requested, self.console.progress)
             answers = self._answer(compare=at_an_end)
         except StopRequested:
+            counters.evaluation_missing = at_an_end and counters.step > 0
             self._stop()
         counters.note_evaluation(result.loss)
         numbers: dict[str, Any] = {

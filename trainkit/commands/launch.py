@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+import threading
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trainkit.errors import LostProcessError, MachineError, Stopped, UsageError, first_line
-from trainkit.launched import LAUNCH_FILE, OUR_LAUNCHER, first_exit_code
+from trainkit.launched import LAUNCH_FILE, OUR_LAUNCHER, address_towards, first_exit_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +46,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {  # what `accelerate config` wr
 }
 SAVING_SECONDS = 600  # after a signal processes have this long to save before they are killed
 MEETING_SECONDS = 900  # machines may be started one after another
+STOPPED_SECONDS, LOOK_SECONDS = 110, 5  # longer than the other processes wait for one that is stopped
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def launch(file: str, arguments: Sequence[str]) -> int:
         known = {field.name for field in fields(LaunchConfig)}
         config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
         try:
-            with _ctrl_c_passed_on():
+            with _ctrl_c_passed_on(), _stopped_ones_killed() if wanted.machines > 1 else nullcontext():
                 elastic_launch(config, sys.executable)("-m", "trainkit", *arguments)
         except ChildFailedError as error:
             return _exit_code(error)
@@ -190,19 +191,13 @@ def _cores() -> int:
 
 
 def _interface_towards(address: str, port: int) -> str | None:
-    """The network interface by which this machine reaches that address; None where it does not. Nothing is sent.
+    """The network interface by which this machine reaches that address; None where it does not.
 
     gloo would take the one that the machine's own name stands for, which on many is the loopback.
     """
     import psutil
 
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
+    own = address_towards(address, port)
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, ends in interfaces if any(end.address == own for end in ends)), None)
 
@@ -233,6 +228,35 @@ def _ctrl_c_passed_on() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _stopped_ones_killed() -> Iterator[None]:
+    """In here a process that stays stopped is killed: it obeys no other signal, and the run has ended without it.
+
+    The processes beside it do that at once (:mod:`trainkit.training.heartbeats`); this is for one without any.
+    """
+    over = threading.Event()
+    watching = threading.Thread(target=_kill_stopped_ones, args=(over,), name="stopped processes", daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+
+
+def _kill_stopped_ones(over: threading.Event) -> None:
+    import psutil
+
+    looks: dict[int, int] = {}
+    while not over.wait(LOOK_SECONDS):
+        for process in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                stopped = process.status() == psutil.STATUS_STOPPED
+                looks[process.pid] = looks.get(process.pid, 0) + 1 if stopped else 0
+                if looks[process.pid] * LOOK_SECONDS >= STOPPED_SECONDS:
+                    process.kill()
 
 
 def _exit_code(error: ChildFailedError) -> int:

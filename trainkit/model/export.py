@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trainkit.model.locating import ModelLocation
     from trainkit.model.trusted_code import Trust
 
+WEIGHT_FILES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"})
 VERIFIED_TOKENS = 256  # enough context for every layer to matter, few enough for the logits of a large vocabulary
 FP32_TOLERANCE = 1e-5  # relative: the same sums in another order, as a GPU or 16 bit may have them
 
@@ -65,7 +66,7 @@ def save_result(
     """
     is_adapter = _is_adapter(model)
     sentences = [trained_share(model).sentence()]
-    with new_folder(folder, replace=True) as staging, quiet_libraries():
+    with new_folder(folder, replace=True, size_bytes=_result_bytes(model, location)) as staging, quiet_libraries():
         if is_adapter:
             write_adapter(model, staging, location)
             sentences.append(f"adapter in fp32; the base model is read from {location.reference}")
@@ -90,6 +91,21 @@ def save_result(
         )
         (staging / "README.md").write_text(model_card(facts), encoding="utf-8")
     return tuple(sentences)
+
+
+def _result_bytes(model: PeftModel | PreTrainedModel, location: ModelLocation) -> int:
+    """About what the result takes: an adapter in fp32 or all weights in their dtype, and files as the base has them."""
+    if _is_adapter(model):
+        weights: int = 4 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    else:
+        weights = weights_bytes(model, stored_dtype(location))
+    beside = [path for path in location.folder.iterdir() if path.suffix not in WEIGHT_FILES and path.is_file()]
+    return weights + sum(path.stat().st_size for path in beside)
+
+
+def weights_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """What all weights take in ``dtype``, tied ones once."""
+    return int(dtype.itemsize * sum(weight.numel() for weight in model.parameters()))
 
 
 def verify_result(

@@ -29,6 +29,7 @@ from trainkit.model.export import (
     difference_of,
     load_plainly,
     logits_of,
+    weights_bytes,
     write_model,
 )
 from trainkit.model.loading import load_model, quiet_libraries
@@ -316,14 +317,17 @@ def _write(
 ) -> None:
     """Write the model with the tokenizer and the card of the adapter, load it anew, and only then give it its name."""
     expected = logits_of(merged, ids_RT, torch.float32)
-    with new_folder(report.output, replace=False) as staging:
+    own = {ADAPTER_CONFIG, ADAPTER_FILE, DIGESTS, "README.md"}
+    copied = [path for path in sorted(final.iterdir()) if path.is_file() and path.name not in own]
+    size_bytes = weights_bytes(merged, dtype) + sum(path.stat().st_size for path in copied)
+    with new_folder(report.output, replace=False, size_bytes=size_bytes) as staging:
         with quiet_libraries():
             write_model(merged, staging, dtype, location)
         # The model's own configuration and code stay: they are loaded below, and what lies beside an adapter may be
         # somebody else's.
-        apart = {ADAPTER_CONFIG, ADAPTER_FILE, DIGESTS, "README.md", *(path.name for path in staging.iterdir())}
-        for path in sorted(final.iterdir()):
-            if path.is_file() and path.name not in apart:
+        written = {path.name for path in staging.iterdir()}
+        for path in copied:
+            if path.name not in written:
                 shutil.copyfile(path, staging / path.name)
         readme = final / "README.md"
         card = readme.read_text(encoding="utf-8") if readme.is_file() else f"# Merged from {final}\n"

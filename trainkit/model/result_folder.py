@@ -15,7 +15,6 @@ What a killed process left of that goes when the result is written again.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -29,24 +28,28 @@ from safetensors import SafetensorError
 
 from trainkit.errors import MachineError, UsageError
 from trainkit.model.checking import DIGESTS, recorded_digests, sha256
-from trainkit.run_folder import fsync_folder, permissions_for_new_file
+from trainkit.run_folder import DISK_FULL, fsync_folder, permissions_for_new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 MARK = "made-by-trainkit"
+FULL_SAYS = re.compile(r"No space left|quota exceeded")  # through a library that drops the number
 
 
 @contextmanager
-def new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
+def new_folder(folder: Path, *, replace: bool, size_bytes: int) -> Iterator[Path]:
     """An empty folder to be filled with files; it becomes ``folder`` when the block ends well, else it vanishes.
+
+    ``size_bytes`` is about what the files will take, for the message of a full disk.
 
     An existing ``folder`` is replaced if ``replace`` and if it holds exactly what was written by this function before;
     otherwise UsageError. Raises MachineError when the disk does not take it.
     """
     check_free(folder, replace=replace)
     workplace: Path | None = None
+    staging: Path | None = None
     lock: int | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +62,12 @@ def new_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
         _seal(staging)
         _take_place(staging, folder)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full; free some space" if full else str(error).splitlines()[0][:160]
+        reason = str(error).splitlines()[0][:160]
+        if getattr(error, "errno", None) in DISK_FULL or FULL_SAYS.search(reason):
+            missing = _missing_bytes(folder, staging, size_bytes)
+            # A quota, or a lack of inodes, does not show in what the disk has free.
+            needed = f"{missing:,} bytes more are needed" if missing > 0 else f"{size_bytes:,} bytes are needed in all"
+            reason = f"the disk is full ({needed}); free some space"
         raise MachineError(f"{folder}: cannot be written: {reason}") from error
     finally:
         if workplace is not None:
@@ -83,6 +90,13 @@ def check_free(folder: Path, *, replace: bool) -> None:
     ours = {path.name for path in recorded_digests(folder)} | {DIGESTS}
     if foreign := sorted(there - ours):
         raise UsageError(f"{folder}: holds {foreign[0]}, which trainkit did not write; move it away")
+
+
+def _missing_bytes(folder: Path, staging: Path | None, size_bytes: int) -> int:
+    """How much more must be free for the whole of ``folder``, beside what of it is there."""
+    written = [path.stat().st_blocks * 512 for path in staging.iterdir()] if staging and staging.is_dir() else []
+    there = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
+    return size_bytes - sum(written) - there.f_bavail * there.f_frsize
 
 
 def _seal(folder: Path) -> None:

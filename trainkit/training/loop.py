@@ -43,7 +43,8 @@ class Counters:
     not finite leave the update out, and the learning rate follows ``updates``). ``tokens`` are without padding;
     of those to train, ``trained_tokens`` are in an update and ``skipped_tokens`` in a step that had none.
     ``not_finite`` counts the steps that `training.not_finite: skip` left without an update. ``recent_losses`` is what
-    a loss spike is told from, oldest first.
+    a loss spike is told from, oldest first. ``evaluation_missing``: the run was stopped in the evaluation after its
+    last step, which is made up for even where the run has become longer since.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Counters:
     best_eval_loss: float | None = None
     best_step: int | None = None
     evaluated_step: int | None = None
+    evaluation_missing: bool = False
 
     def note_evaluation(self, loss: float) -> None:
         """Remember an evaluation at the current step; the first one is the loss before training."""
@@ -68,6 +70,7 @@ class Counters:
             self.eval_loss_before = loss
         self.eval_loss = loss
         self.evaluated_step = self.step
+        self.evaluation_missing = False
         if self.best_eval_loss is None or loss < self.best_eval_loss:
             self.best_eval_loss, self.best_step = loss, self.step
 

@@ -19,7 +19,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 from trainkit.errors import CheckpointError, MachineError, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
-from trainkit.run_folder import RunFolder, fsync_folder, leads_out, write_atomically, write_json
+from trainkit.run_folder import (
+    DISK_FULL,
+    RunFolder,
+    fsync_folder,
+    leads_out,
+    write_atomically,
+    write_json,
+    write_new_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from trainkit.recipe.schema import Recipe
 
 FORMAT = 1
+TRIED_BYTES = 2**12
 # What may differ between a run and its continuation. Where it lies, what is looked at, what is kept:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
 # What is done when something goes wrong:
@@ -54,10 +63,11 @@ class RunRecord:
 
 
 def check_output(output_dir: str) -> RunFolder:
-    """The run folder for ``output_dir``, after making sure that it can be one. Writes nothing.
+    """The run folder for ``output_dir``, after making sure that it can be one. Leaves nothing behind.
 
-    Raises MachineError when it is a file or cannot be written, UsageError when it holds files that trainkit did not
-    make.
+    Whether its place takes files is tried with a small one, because permissions do not tell of a quota, a disk that is
+    full or has become read-only, or a server that maps root to nobody. Raises MachineError when it is a file or cannot
+    be written, UsageError when it holds files that trainkit did not make.
     """
     try:
         root = Path(output_dir).expanduser().resolve()  # without `..`: a folder that has no name cannot be put aside
@@ -73,8 +83,6 @@ def check_output(output_dir: str) -> RunFolder:
         if not there.is_dir():
             which = "is a file" if there == root else f"cannot be made: {there} is a file"
             raise MachineError(f"output_dir: {output_dir} {which}; name a new folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise MachineError(f"output_dir: {output_dir} cannot be written: no permission in {there}")
         taken = root.is_dir() and not all(_is_of_a_beginning(path, folder) for path in root.iterdir())
     except OSError as error:
         raise MachineError(
@@ -85,7 +93,28 @@ def check_output(output_dir: str) -> RunFolder:
             raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
     if taken and not (folder.marker.is_file() and _is_ours(folder.marker)):
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
+    try:
+        _try_to_write(there, folder)
+    except OSError as error:
+        mend = "free some space, or name a new folder" if error.errno in DISK_FULL else "name a new folder"
+        raise MachineError(
+            f"output_dir: {_shortened(output_dir)} cannot be written: {error.strerror} (tried in {there}); {mend}"
+        ) from error
     return folder
+
+
+def _try_to_write(there: Path, folder: RunFolder) -> None:
+    """Write a small file, rename and delete it. Raises OSError as the file system does."""
+    # Names as those of our own temporary files: another process that looks into the folder does not take them for
+    # somebody else's, and what a kill leaves of them goes when a run begins here.
+    first, second = (there / f".{folder.marker.name}.{secrets.token_hex(4)}" for _ in range(2))
+    try:
+        write_new_file(first, [bytes(TRIED_BYTES)])
+        first.rename(second)
+        fsync_folder(there)
+    finally:
+        for path in (first, second):
+            path.unlink(missing_ok=True)
 
 
 def _shortened(path: str, most: int = 80) -> str:

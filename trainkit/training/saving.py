@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import psutil
 
 from trainkit.errors import MachineError
-from trainkit.run_folder import fsync_folder
+from trainkit.run_folder import DISK_FULL, fsync_folder
 from trainkit.training.checkpoint import (
     SavingAbandoned,
     newest_checkpoint,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from trainkit.training.checkpoint import TrainingState
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 SMALL_FILES_BYTES = 2**17  # JSON, generator states, rounding up to blocks
 SPARE_MEMORY = 1.25  # times the copy must be free, so that it is not what makes a run swap
 MOMENTS_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "sgd": 0.0}  # a trained parameter, about
@@ -181,14 +180,14 @@ class Saver:
             except OSError as error:
                 if begun and self._shared:  # what the others wrote is gone with the unfinished folder
                     raise
-                if error.errno not in FULL or not delete_oldest(self._root, self._run_id, retention, state.step):
+                if error.errno not in DISK_FULL or not delete_oldest(self._root, self._run_id, retention, state.step):
                     raise
             else:
                 return
 
     def _failed(self, error: OSError, state: TrainingState, size_bytes: int) -> str:
         what = error.strerror or type(error).__name__
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             missing = max(_missing_bytes(self._root, size_bytes), 1)
             what = f"{what} ({missing:,} bytes more are needed)"
         newest, _ = newest_checkpoint(self._root, self._run_id)

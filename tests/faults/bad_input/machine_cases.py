@@ -137,7 +137,7 @@ MORE_MACHINE_CASES = [
         "output_dir in a file system of the kernel's",
         output("/proc/run"),
         5,
-        r"^output_dir: /proc/run cannot be made: No such file or directory; name a new folder$",
+        r"^output_dir: /proc/run cannot be written: No such file or directory \(tried in /proc\); name a new folder$",
     ),
     Case(
         "output_dir is a link to itself",
