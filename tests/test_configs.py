@@ -72,7 +72,7 @@ def test_its_first_lines_say_how_to_use_it(path: Path) -> None:
 
 def test_without_threads_asked_for_each_process_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(7)), raising=False)
     assert read_launch_file(str(CONFIGS / "cpu-ddp.yaml")).environment["OMP_NUM_THREADS"] == "3"
     assert "OMP_NUM_THREADS" not in read_launch_file(str(CONFIGS / "cpu.yaml")).environment
 
