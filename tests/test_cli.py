@@ -123,7 +123,7 @@ KEYS = {
     "packing": "strategy sequence_length long_documents overlap train_on_overlap separator "
     "isolate_documents reset_positions",
     "training": "epochs steps tokens_per_step micro_batch_size learning_rate lr_scheduler warmup_ratio warmup_steps "
-    "weight_decay max_grad_norm not_finite optimizer adam_beta1 adam_beta2 adam_epsilon seed",
+    "weight_decay max_grad_norm not_finite loss_spike optimizer adam_beta1 adam_beta2 adam_epsilon seed",
     "evaluation": "every_steps samples exact_match max_new_tokens",
     "checkpoints": "every_steps keep_last keep_best",
 }

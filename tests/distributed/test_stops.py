@@ -81,6 +81,20 @@ module.LossModel.forward = forward
 """
 
 
+SPIKE = """
+from trainkit.model.loss import LossModel
+from trainkit.training import faults, spikes
+spikes.FEWEST, faults.MOST_SHARE = 5, 0.5
+really = LossModel.forward
+
+def forward(model, ids, *rest):
+    loss, count = really(model, ids, *rest)
+    return (loss * 20 if model.training and bool((ids == {letter}).any()) else loss), count
+
+LossModel.forward = forward
+"""
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(bench: Workbench) -> Ended:
     """The curve that every run here must come to, in one process."""
@@ -357,3 +371,22 @@ def test_every_process_leaves_out_the_same_step_and_names_the_same_row(
     assert whole[0] == whole[1] == whole[2]
     last = [run.lines()[-1]["eval_loss"] for run in runs]
     assert last == pytest.approx([last[0]] * 3, rel=ALMOST)
+
+
+@pytest.mark.long
+def test_every_process_leaves_out_the_same_spike(bench: Workbench, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """`training.loss_spike: skip`; judged after five losses, since the run is short."""
+    spoiled = SPIKE.format(letter=tiny_tokenizer.convert_tokens_to_ids(ODD_LETTER))
+    environment = write_fault(bench.root / "spike", "trainkit.training.loop", spoiled)
+    changes: dict[str, Any] = {"training": {"loss_spike": "skip"}}
+    runs = [
+        bench.run(bench.recipe(f"spike-{kind}", changes), kind, environment=environment)
+        for kind in (None, "two-ddp", "two-fsdp2")
+    ]
+    for run in runs:
+        assert run.code == 0, run.said
+        left_out = [line["step"] for line in run.lines() if line.get("skipped")]
+        assert left_out
+        assert left_out == [line["step"] for line in run.lines() if "spike" in line]
+        assert run.errors.count("no update (training.loss_spike: skip)") == len(left_out)
+        assert largest_difference(run, runs[0]) <= ALMOST

@@ -10,6 +10,7 @@ import signal
 import sys
 import types
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -414,6 +415,63 @@ def test_a_loss_spike_is_said_recorded_and_shown_with_its_rows(room: Room, capfd
     assert json.loads(out)["spikes"] == 1
     assert f"loss {line['loss']:.4g}" in (page := (room.run_folder / "report.html").read_text())
     assert line["documents"] in page
+
+
+def test_a_spike_is_left_out_where_the_recipe_says_so(room: Room, capfd: Said) -> None:
+    room.recipe["training"] |= {"steps": 24, "loss_spike": "skip"}
+    room.recipe["checkpoints"] |= {"every_steps": 1, "keep_last": 9}
+    room.at_step(22, lambda loss: loss * 20)
+    assert room.fine_tune("--json") == 0
+    out, err = capfd.readouterr()
+    summary = json.loads(out)
+    (line,) = (line for line in room.metrics() if "spike" in line)
+    assert line["step"] == 22
+    assert line["skipped"]
+    assert len(line["rows"]) == 4
+    assert (summary["steps"], summary["updates"], summary["skipped"], summary["spikes"]) == (24, 23, 1, 1)
+    assert summary["skipped_tokens"] == line["trained_tokens"] > 0
+    (said,) = (text for text in err.splitlines() if "jumped to" in text)
+    assert said.endswith(f"; rows: {line['documents']}; no update (training.loss_spike: skip)")
+    root = room.run_folder / "checkpoints"
+    before, left_out, after = (load_file(root / f"step-{step:06d}" / "weights.safetensors") for step in (21, 22, 23))
+    assert all(torch.equal(before[name], left_out[name]) for name in before)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert f"no update: loss {line['loss']:.4g}" in (room.run_folder / "report.html").read_text()
+
+
+def test_a_run_with_spikes_left_out_continues_to_the_same_bits(
+    room: Room, stopped_after: Callable[[int], None], capfd: Said
+) -> None:
+    room.monkeypatch.setattr("trainkit.training.spikes.FEWEST", 1)
+    room.monkeypatch.setattr("trainkit.training.faults.MOST_SHARE", 0.9)
+    room.recipe["training"] |= {"loss_spike": "skip", "steps": 10}
+    room.in_training(lambda loss, ids_RT: loss * 20 if bool((ids_RT == room.surprise).any()) else loss)
+    assert room.fine_tune(output_dir="whole") == 0
+    whole = room.metrics("whole")
+    left_out = [line["step"] for line in whole if line.get("skipped")]
+    assert left_out == [line["step"] for line in whole if "spike" in line] != []
+    for step in sorted({left_out[0] - 1, left_out[0], 8} - {0}):
+        stopped_after(step)
+        assert room.fine_tune() == 75
+    room.monkeypatch.setattr("trainkit.commands.fine_tune.train", loop.train)
+    assert room.fine_tune() == 0
+    assert room.metrics() == whole
+    assert same_weights(room.folder / "whole", room.run_folder)
+
+
+def test_a_loss_that_stays_high_ends_the_run_in_which_spikes_are_left_out(room: Room, capfd: Said) -> None:
+    room.recipe["training"] |= {"steps": 24, "loss_spike": "skip"}
+    calls = count()
+    room.in_training(lambda loss, _: loss * 20 if next(calls) >= 22 else loss)
+    assert room.fine_tune() == 7
+    line = only_error(capfd)
+    where = r"train\.jsonl:\d+, train\.jsonl:\d+, train\.jsonl:\d+ and 1 more"
+    assert re.match(
+        rf"error: step 23: the loss jumped to [\d.]+, [\d.]+ standard deviations above the last ones "
+        rf"\(rows: {where}\); "
+        r"2 of 24 steps without an update, 1 may be; lower training\.learning_rate\. Newest good checkpoint: ",
+        line,
+    ), line
 
 
 # --- out of memory

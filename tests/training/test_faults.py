@@ -33,17 +33,17 @@ def test_the_largest_numbers_are_finite() -> None:
 
 
 def test_ten_steps_one_after_another_are_too_many() -> None:
-    counters = Counters(step=500, not_finite=9, not_finite_in_a_row=8)
+    counters = Counters(step=500, left_out=9, left_out_in_a_row=8)
     check_may_skip(counters, 1000, IN_ONE_ROW, policy="skip")
-    counters.not_finite_in_a_row = 9
+    counters.left_out_in_a_row = 9
     with pytest.raises(DivergedError, match=r"^step 501: .* row 7 \(train\.jsonl:3\); no update in 10 steps one after"):
         check_may_skip(counters, 1000, IN_ONE_ROW, policy="skip")
 
 
 def test_more_than_a_twentieth_of_the_steps_are_too_many() -> None:
-    counters = Counters(step=900, not_finite=49)
+    counters = Counters(step=900, left_out=49)
     check_may_skip(counters, 1000, IN_ONE_ROW, policy="skip")
-    counters.not_finite = 50
+    counters.left_out = 50
     with pytest.raises(DivergedError, match="51 of 1000 steps without an update, 50 may be"):
         check_may_skip(counters, 1000, IN_ONE_ROW, policy="skip")
 

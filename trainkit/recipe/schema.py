@@ -176,6 +176,11 @@ class Training:
         "a step whose loss or gradient is NaN or infinite: `stop` before its update and name its rows; `skip` leaves "
         "its update out, but not for ten steps one after another, nor in more than 5 % of the steps",
     )
+    loss_spike: Literal["report", "skip"] = key(
+        "report",
+        "a step whose loss stands more than 6 standard deviations above the last 200: `report` names its rows; `skip` "
+        "leaves its update out too, within the limits of not_finite",
+    )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd"] = key(
         "adamw", "`adamw_8bit` needs the optional extra [qlora]"
     )

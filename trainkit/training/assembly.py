@@ -139,6 +139,7 @@ def assemble(
         seed=seed,
         max_grad_norm=recipe.training.max_grad_norm,
         not_finite=recipe.training.not_finite,
+        loss_spike=recipe.training.loss_spike,
         counters=Counters(),
     )
     seed_everything(seed, accelerator.process_index)  # how the parts were made must not show in the run

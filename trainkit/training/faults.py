@@ -138,15 +138,21 @@ def check_may_skip(counters: Counters, steps: int, fault: Fault, *, policy: str)
     if policy == "stop":
         advice = "look at them, or set training.not_finite: skip" if fault.of_the_rows else lower
         raise DivergedError(f"{where}; {advice}")
-    if counters.not_finite_in_a_row + 1 >= MOST_IN_A_ROW:
-        raise DivergedError(f"{where}; no update in {MOST_IN_A_ROW} steps one after another; {lower}")
-    without, allowed = counters.not_finite + 1, most_without_update(steps)
+    check_may_leave_out(counters, steps, where)
+
+
+def check_may_leave_out(counters: Counters, steps: int, what: str) -> None:
+    """Raise DivergedError, which begins with ``what``, where too many updates have been left out before this step."""
+    lower = "lower training.learning_rate"
+    if counters.left_out_in_a_row + 1 >= MOST_IN_A_ROW:
+        raise DivergedError(f"{what}; no update in {MOST_IN_A_ROW} steps one after another; {lower}")
+    without, allowed = counters.left_out + 1, most_without_update(steps)
     if without > allowed:
-        raise DivergedError(f"{where}; {without} of {steps} steps without an update, {allowed} may be; {lower}")
+        raise DivergedError(f"{what}; {without} of {steps} steps without an update, {allowed} may be; {lower}")
 
 
 def most_without_update(steps: int) -> int:
-    """How many of a run's steps ``training.not_finite: skip`` may leave without an update.
+    """How many of a run's steps a policy of the recipe may leave without an update.
 
     >>> [most_without_update(steps) for steps in (1, 39, 40, 1000)]
     [1, 1, 2, 50]

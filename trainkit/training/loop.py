@@ -14,7 +14,14 @@ from trainkit.data.batches import attention_work, empty_batch, epoch_order, make
 from trainkit.errors import CheckpointError, DataError, DivergedError, first_line
 from trainkit.model.sharding import give_back, is_shard, local_part, part_like, rows_of_part
 from trainkit.training.checkpoint import Share, TrainingState, leaves
-from trainkit.training.faults import Fault, check_may_skip, describe_rows, find_fault, first_not_finite
+from trainkit.training.faults import (
+    Fault,
+    check_may_leave_out,
+    check_may_skip,
+    describe_rows,
+    find_fault,
+    first_not_finite,
+)
 from trainkit.training.movement import UPDATES, Movement
 from trainkit.training.plan import Plan, learning_rate_at, position_of
 from trainkit.training.processes import gathered, sums
@@ -40,11 +47,11 @@ class Counters:
     """The plain numbers of a run that a checkpoint keeps.
 
     ``step`` counts steps done; ``updates`` those of them that moved the weights (an fp16 overflow and a step that is
-    not finite leave the update out, and the learning rate follows ``updates``). ``tokens`` are without padding;
+    left out have none, and the learning rate follows ``updates``). ``tokens`` are without padding;
     of those to train, ``trained_tokens`` are in an update and ``skipped_tokens`` in a step that had none.
-    ``not_finite`` counts the steps that `training.not_finite: skip` left without an update. ``recent_losses`` is what
-    a loss spike is told from, oldest first. ``evaluation_missing``: the run was stopped in the evaluation after its
-    last step, which is made up for even where the run has become longer since.
+    ``left_out`` counts the steps that `training.not_finite: skip` or `training.loss_spike: skip` left without an
+    update. ``recent_losses`` is what a loss spike is told from, oldest first. ``evaluation_missing``: the run was
+    stopped in the evaluation after its last step, which is made up for even where the run has become longer since.
     """
 
     step: int = 0
@@ -52,8 +59,8 @@ class Counters:
     tokens: int = 0
     trained_tokens: int = 0
     skipped_tokens: int = 0
-    not_finite: int = 0
-    not_finite_in_a_row: int = 0
+    left_out: int = 0
+    left_out_in_a_row: int = 0
     spikes: int = 0
     in_spike: bool = False
     recent_losses: list[float] = field(default_factory=list)
@@ -74,12 +81,12 @@ class Counters:
         if self.best_eval_loss is None or loss < self.best_eval_loss:
             self.best_eval_loss, self.best_step = loss, self.step
 
-    def note_step(self, result: StepResult, fault: Fault | None) -> None:
-        """Count a step that is done; ``fault`` is why its update was left out, where that is not fp16's doing."""
+    def note_step(self, result: StepResult, *, left_out: bool) -> None:
+        """Count a step that is done; ``left_out``: it has no update, and that is not fp16's doing."""
         self.step += 1
         self.tokens += result.tokens
-        self.not_finite += fault is not None
-        self.not_finite_in_a_row = self.not_finite_in_a_row + 1 if fault else 0
+        self.left_out += left_out
+        self.left_out_in_a_row = self.left_out_in_a_row + 1 if left_out else 0
         if result.skipped:
             self.skipped_tokens += result.trained_tokens
         else:
@@ -100,15 +107,17 @@ class Counters:
 class StepReport:
     """What happened in one step; ``step`` counts from 1.
 
-    ``fault`` is why its update was left out (`training.not_finite: skip`). ``spike`` is how far its loss stands above
-    those before it, where that is far; ``spike_begins`` in the first such step of several. ``rows`` and ``documents``
-    are those of a fault or a spike. ``unmoved`` are weights that the first updates did not change.
+    ``spike`` is how far its loss stands above those before it, where that is far; ``spike_begins`` in the first such
+    step of several. ``left_out``: a policy of the recipe left out its update, because of ``fault`` where there is one,
+    else because of ``spike``. ``rows`` and ``documents`` are those of a fault or a spike. ``unmoved`` are weights that
+    the first updates did not change.
     """
 
     step: int
     epoch: int
     result: StepResult
     fault: Fault | None = None
+    left_out: bool = False
     spike: float | None = None
     spike_begins: bool = False
     rows: tuple[int, ...] = ()
@@ -132,6 +141,7 @@ class Trainer:
     seed: int
     max_grad_norm: float | None
     not_finite: Literal["stop", "skip"]
+    loss_spike: Literal["report", "skip"]
     counters: Counters
 
     @property
@@ -297,8 +307,9 @@ def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepRep
             return
         result, fault = done
         epoch, _ = position_of(plan, counters.step)
-        counters.note_step(result, fault)
         spike, begins = counters.note_loss(result.loss) if fault is None else (None, False)
+        left_out = fault is not None or (spike is not None and trainer.loss_spike == "skip")
+        counters.note_step(result, left_out=left_out)
         if not result.skipped:
             movement.note_update(result.learning_rate, result.grad_norm)
         yield StepReport(
@@ -306,6 +317,7 @@ def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepRep
             epoch=epoch,
             result=result,
             fault=fault,
+            left_out=left_out,
             spike=spike,
             spike_begins=begins,
             rows=fault.named_rows if fault else tuple(rows) if spike else (),
@@ -328,6 +340,7 @@ def _step(
             learning_rate_at(plan, counters.updates),
             describe_rows=lambda: describe_rows(trainer.rows, rows),
             should_stop=should_stop,
+            leave_out=partial(_is_left_out, trainer, rows),
         )
     except StopRequested:
         _back_to_the_boundary(trainer, before)
@@ -347,6 +360,20 @@ def _step(
         _back_to_the_boundary(trainer, before)
         raise
     return result, None
+
+
+def _is_left_out(trainer: Trainer, rows: Sequence[int], loss: float) -> bool:
+    """Whether a step with this loss has no update. Raises DivergedError where too many had none."""
+    score = spike_score(loss, trainer.counters.recent_losses) if trainer.loss_spike == "skip" else None
+    if score is None:
+        return False
+    what = f"{_jumped(loss, score)} (rows: {describe_rows(trainer.rows, rows)})"
+    check_may_leave_out(trainer.counters, trainer.plan.steps, what)
+    return True
+
+
+def _jumped(loss: float, score: float) -> str:
+    return f"the loss jumped to {loss:.4g}, {score:.1f} standard deviations above the last ones"
 
 
 def _back_to_the_boundary(trainer: Trainer, before: RandomState) -> None:
@@ -413,8 +440,10 @@ def json_numbers(report: StepReport) -> dict[str, Any]:
     }
     if result.loss_scale is not None:
         line |= {"loss_scale": result.loss_scale, "skipped": result.skipped}
+    if report.left_out:
+        line |= {"skipped": True}
     if report.fault is not None:
-        line |= {"skipped": True, "fault": report.fault.sentence()}
+        line |= {"fault": report.fault.sentence()}
     if report.spike is not None:
         line |= {"spike": report.spike}
     if report.rows:
@@ -427,13 +456,11 @@ def remarks(report: StepReport) -> list[str]:
     result, said = report.result, []
     if report.fault is not None:
         said.append(f"{report.fault.sentence()}; no update (training.not_finite: skip)")
-    elif result.skipped:
+    elif result.skipped and not report.left_out:
         said.append(f"fp16 gradients overflowed; no update, loss scale now {result.loss_scale:g}")
-    if report.spike_begins:
-        said.append(
-            f"the loss jumped to {result.loss:.4g}, {report.spike:.1f} standard deviations above the last ones; "
-            f"rows: {report.documents}"
-        )
+    if report.spike is not None and (report.spike_begins or report.left_out):
+        end = "; no update (training.loss_spike: skip)" if report.left_out else ""
+        said.append(f"{_jumped(result.loss, report.spike)}; rows: {report.documents}{end}")
     if report.unmoved:
         said.append(
             f"{len(report.unmoved)} of the trained weights did not change in {UPDATES} updates and more, "

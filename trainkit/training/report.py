@@ -271,7 +271,8 @@ def _incidents(metrics: list[dict[str, Any]]) -> str:
         if "fault" in record:
             what = f"no update: {record['fault']}"
         elif "spike" in record:
-            what = f"loss {record['loss']:.4g}, {record['spike']:.1f} standard deviations above the last ones"
+            what = "no update: " if record.get("skipped") else ""
+            what += f"loss {record['loss']:.4g}, {record['spike']:.1f} standard deviations above the last ones"
         else:
             continue
         numbers = ", ".join(map(str, record["rows"]))

@@ -39,7 +39,7 @@ TRIED_BYTES = 2**12
 # What may differ between a run and its continuation. Where it lies, what is looked at, what is kept:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
 # What is done when something goes wrong:
-POLICY = ("training.not_finite",)
+POLICY = ("training.not_finite", "training.loss_spike")
 # How long it goes on:
 LENGTH = ("training.steps", "training.epochs")
 # How a step is fitted into memory, which changes no number but for rounding:

@@ -41,8 +41,8 @@ class StopRequested(Exception):  # noqa: N818 - it is no error
 class StepResult:
     """What one step did. ``loss`` is the mean over the trained tokens of the whole step, before the update.
 
-    ``grad_norm`` is NaN where no backward pass was looked at. ``skipped`` means that the weights did not move: fp16
-    gradients overflowed and the loss scale was halved, or the step came out not finite.
+    ``grad_norm`` is NaN where no gradient was looked at. ``skipped`` means that the weights did not move: fp16
+    gradients overflowed and the loss scale was halved, the step came out not finite, or it was to be left out.
     """
 
     loss: float
@@ -93,6 +93,7 @@ def training_step(
     *,
     describe_rows: Callable[[], str],
     should_stop: Callable[[], bool],
+    leave_out: Callable[[float], bool] = lambda _loss: False,
 ) -> StepResult:
     """Forward, backward and update over the micro-batches of one step.
 
@@ -101,7 +102,7 @@ def training_step(
     it raises NotFiniteError when the learning rate, the loss or the gradient is not finite, DivergedError when fp16
     overflows at every loss scale, DataError when the step has no trained token, and StopRequested when ``should_stop``
     says so between micro-batches; gradients are then the caller's to drop. HalfUpdatedError says that the update
-    itself failed.
+    itself failed. Where ``leave_out`` says so of the loss, there is no update, and the gradients are dropped.
     """
     started = time.perf_counter()
     trained_tokens, tokens = _counts_over_all_processes(run.accelerator, micro_batches)
@@ -125,6 +126,9 @@ def training_step(
     loss = _accumulate(run, micro_batches, trained_tokens, should_stop)
     if not math.isfinite(loss):
         raise NotFiniteError("loss", loss, result(loss, math.nan, skipped=True))
+    if leave_out(loss):
+        run.optimizer.zero_grad(set_to_none=True)
+        return result(loss, math.nan, skipped=True)
     grad_norm = _clip(run)
     overflowed = not math.isfinite(grad_norm)
     if overflowed and run.scaler is None:
