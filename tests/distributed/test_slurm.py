@@ -127,7 +127,8 @@ def test_the_warning_saves_and_puts_the_job_back_into_the_queue(cluster: Cluster
     lines = warned.error_lines()  # of each node's launcher, with the command that goes on there
     assert len(lines) == 2, warned.said
     for line in lines:
-        assert line.startswith("error: SIGUSR1 after step ")
+        # A process may hear of it from its launcher first, which stops what it has started.
+        assert line.startswith(("error: SIGUSR1 after step ", "error: SIGTERM after step "))
     assert sorted(line.rsplit("/", 1)[1] for line in lines) == [f"launch-{JOB}-{node}.yaml" for node in ("0", "1")]
 
     again = ended(cluster.submit(recipe), recipe)
