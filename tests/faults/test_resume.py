@@ -234,9 +234,11 @@ def test_a_finished_run_goes_on_when_more_steps_are_asked_for(
     assert (folder / "final" / "adapter_model.safetensors").read_bytes() != weights
     assert json.loads((folder / "summary.json").read_text())["steps"] == 6
 
+    (folder / "report.html").unlink()  # as where it could not be written
     code, said = said_by(longer, capfd)
     assert code == 0
     assert "already finished" in said
+    assert (folder / "report.html").is_file()
 
     code, said = said_by(["fine-tune", str(path)], capfd)
     assert code == 6

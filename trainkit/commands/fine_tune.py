@@ -126,6 +126,8 @@ def _run(
         start = Start(**from_first(accelerator, asdict(start)))
         if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
+            if here.speaks and not folder.report.exists():  # it could not be written at the end
+                _write_page(folder, console)
             return dict(json.loads(folder.summary.read_bytes())) if here.speaks else {}
         stack.enter_context(heartbeats(accelerator, partial(_say_at_once, console), console.warn))
         trainer, facts = assemble(recipe, base, data.train, precision, start.micro_batch_size, accelerator)
@@ -226,6 +228,14 @@ def _stopped(interruption: Interruption, when: str, state: str, *, early: bool =
         by_keyboard=signal is Signals.SIGINT,
         launcher_tells=early,
     )
+
+
+def _write_page(folder: RunFolder, console: Console) -> None:
+    """Write report.html, or say why not: the result is there and verified, and its page must not undo that."""
+    try:
+        write_report(folder)
+    except (OSError, CheckpointError) as error:
+        console.warn(f"{folder.report}: not written: {error}")
 
 
 def _say_at_once(console: Console, line: str) -> None:
@@ -655,10 +665,7 @@ class Run:
         }
         summary |= _exact_match(self.folder)
         write_json(self.folder.summary, summary)
-        try:
-            write_report(self.folder)
-        except (OSError, CheckpointError) as error:  # the result is there and verified: its page must not undo that
-            self.console.warn(f"{self.folder.report}: not written: {error}")
+        _write_page(self.folder, self.console)
         finish_run(self.folder, self.record)
         self._show_outcome(summary, sentences)
         return summary
