@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def blocks_of(path: Path, tokenizer: PreTrainedTokenizerBase, **packing: Any) -> list[EncodedBlock]:
     source = Source(path=str(path))
     encoder = Encoder(tokenizer, Data(train=(source,)), Packing(**packing))
-    return list(encoded_blocks(source, 3, recognised_source(source), BulkEncoder(encoder)))
+    return list(encoded_blocks(source, 3, recognised_source(source), BulkEncoder(encoder), pytest.fail))
 
 
 def write_lines(path: Path, count: int) -> Path:

@@ -101,7 +101,7 @@ def _seen(source: Source, bulk: BulkEncoder, examples: int, console: Console) ->
     """Everything of a source counted, and its first ``examples`` kept."""
     recognised = recognised_source(source)
     counted = SourceCounts(source.path, recognised.sentence, MaskGate(bulk.tokenizer))
-    for block in encoded_blocks(source, 0, recognised, bulk):
+    for block in encoded_blocks(source, 0, recognised, bulk, console.note):
         counted.count(block, examples)
         console.progress(f"encoding {source.path}", counted.examples)
     console.progress(f"encoding {source.path}", counted.examples, counted.examples)

@@ -22,7 +22,7 @@ from trainkit.data.workers import in_order, usable_cores
 from trainkit.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -69,10 +69,13 @@ def recognised_source(source: Source) -> Recognised:
     return recognise(source, first)
 
 
-def encoded_blocks(source: Source, number: int, recognised: Recognised, bulk: BulkEncoder) -> Iterator[EncodedBlock]:
+def encoded_blocks(
+    source: Source, number: int, recognised: Recognised, bulk: BulkEncoder, warn: Callable[[str], None]
+) -> Iterator[EncodedBlock]:
     """The documents of source ``number``, block after block; numbers of examples count within the source.
 
-    Raises DataError and ModelError, naming the first example that cannot be encoded, and EnginesDiffer.
+    ``warn`` is told when a process was killed and its blocks are encoded again. Raises MachineError where that does
+    not help, DataError and ModelError, naming the first example that cannot be encoded, and EnginesDiffer.
     """
 
     def encode(numbered: tuple[int, Block]) -> EncodedBlock:
@@ -81,7 +84,7 @@ def encoded_blocks(source: Source, number: int, recognised: Recognised, bulk: Bu
 
     before = 0
     try:
-        for block in in_order(encode, enumerate(read_blocks(source)), usable_cores()):
+        for block in in_order(encode, enumerate(read_blocks(source)), usable_cores(), warn):
             documents = replace(block.documents, examples_N=block.documents.examples_N + before)
             before += block.examples_read
             yield replace(block, documents=documents)

@@ -115,8 +115,9 @@ def prepare(
 
     found = not anew and _is_sound(documents_folder, "documents", documents_key, warnings)
     if not found:
-        how = _write_documents(documents_folder, documents_key, sources, encoder, on_progress, before, replace=anew)
-        warnings += [how] if how else []
+        warnings += _write_documents(
+            documents_folder, documents_key, sources, encoder, on_progress, before, replace=anew
+        )
     found = found and _is_sound(rows_folder, "rows", rows_key, warnings)
     if not found:
         documents = Documents.open(documents_folder)
@@ -232,20 +233,22 @@ def _write_documents(
     before: Mapping[Path, tuple[int, int]],
     *,
     replace: bool,
-) -> str | None:
+) -> list[str]:
     """Encode every source into a documents' store; returns what a person should know of how.
 
     Raises DataError where files are not as they were ``before``.
     """
+    warnings: list[str] = []
 
     def write(bulk: BulkEncoder) -> None:
         with building(folder, "documents", key, replace=replace) as builder:
             writer = DocumentWriter(builder)
-            seen = [_encode_source(*source, bulk, writer, on_progress) for source in enumerate(sources)]
+            seen = [_encode_source(*source, bulk, writer, on_progress, warnings) for source in enumerate(sources)]
             writer.finish({"sources": seen})
             _refuse_changed_files(sources, before)
 
-    return fast_or_by_reference(encoder, write)[1]
+    _, how = fast_or_by_reference(encoder, write)
+    return [*warnings, how] if how else warnings
 
 
 def _mebibytes(size: int) -> int:
@@ -254,10 +257,16 @@ def _mebibytes(size: int) -> int:
 
 
 def _encode_source(
-    number: int, source: Source, bulk: BulkEncoder, writer: DocumentWriter, on_progress: Progress
+    number: int,
+    source: Source,
+    bulk: BulkEncoder,
+    writer: DocumentWriter,
+    on_progress: Progress,
+    warnings: list[str],
 ) -> dict[str, Any]:
     """Write the tokens of every example; returns what was seen: the source's sentence, counts, first drops.
 
+    Adds to ``warnings`` what a person should know of how that went.
     Raises DataError where the masks of the whole source cannot be meant (:class:`MaskGate`).
     """
     recognised = recognised_source(source)
@@ -268,7 +277,7 @@ def _encode_source(
     size = bytes_of_lines(source)
     stage = f"encoding {source.path}" + ("" if size is None else ", MiB")
     on_progress(stage, 0, None if size is None else _mebibytes(size))
-    for block in encoded_blocks(source, number, recognised, bulk):
+    for block in encoded_blocks(source, number, recognised, bulk, warnings.append):
         gate.observe(block)
         writer.append_many(block.documents)
         for reason, place in block.dropped:

@@ -43,31 +43,49 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, warn: Callable[[str], None]
+) -> Iterator[Result]:
     """``function`` of every item, computed by up to ``workers`` processes; here where there are few items.
 
-    What the function raises is raised in the item's turn. Raises MachineError when a worker is killed.
+    What the function raises is raised in the item's turn. When a worker is killed, half as many go on from the first
+    item whose result is not out yet, which ``warn`` is told. Raises MachineError when that happens to an item again.
     """
     items = iter(items)
     first = list(itertools.islice(items, FEW_ITEMS + 1))
     if workers < 2 or len(first) <= FEW_ITEMS:
         yield from map(function, itertools.chain(first, items))
         return
-    with _pool(function, workers) as pool:
-        waiting: deque[Future[Result]] = deque()
+    coming = itertools.chain(first, items)
+    taken: deque[Item] = deque()
+    again = 0  # items in turn that were under way when a worker was killed
+    while True:
+        coming, taken = itertools.chain(taken, coming), deque()
+        results: deque[Future[Result]] = deque()
         try:
-            for item in itertools.chain(first, items):
-                with _forking_quietly():
-                    waiting.append(pool.submit(_call, item))
-                if len(waiting) >= workers * (1 + ITEMS_AHEAD):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            with _pool(function, workers) as pool:
+                while True:
+                    for item in itertools.islice(coming, workers * (1 + ITEMS_AHEAD) - len(results)):
+                        taken.append(item)
+                        with _forking_quietly():
+                            results.append(pool.submit(_call, item))
+                    if not results:
+                        return
+                    result = results.popleft().result()
+                    taken.popleft()
+                    again -= 1
+                    yield result
         except BrokenProcessPool as error:
-            raise MachineError(
-                "a process that encodes data was killed, most likely because memory ran out; free some, or give the "
-                "program fewer processors (taskset -c 0)"
-            ) from error
+            if again > 0:
+                raise MachineError(
+                    "a process that encodes data was killed, and so was the next one at the same examples, most likely "
+                    "because memory ran out; free some, or give the program fewer processors (taskset -c 0)"
+                ) from error
+            again, workers = len(taken), max(1, workers // 2)
+            warn(
+                "warning: a process that encodes data was killed, most likely because memory ran out; what was under "
+                f"way is encoded again, by {'one process' if workers == 1 else f'{workers} processes'} from here on"
+            )
 
 
 @contextmanager
