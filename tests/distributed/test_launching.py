@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import yaml
 
@@ -182,6 +184,58 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])
+
+
+def wait_until_idle(process: subprocess.Popen[str]) -> None:
+    """Return when the process has come to where it waits: it has done something, and then nothing for a second."""
+    seen = psutil.Process(process.pid)
+    before, deadline = -1.0, time.monotonic() + 120
+    while (now := sum(seen.cpu_times()[:2])) < 1 or now - before > 0.02:
+        assert time.monotonic() < deadline
+        before = now
+        time.sleep(1)
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "code"),
+    [
+        (signal.SIGINT, 0, 130),
+        (signal.SIGUSR1, 1, 75),
+        pytest.param(signal.SIGINT, 1, 130, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, 0, 75, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 0, 75, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 1, 75, marks=pytest.mark.long),
+    ],
+)
+def test_a_machine_that_waits_for_the_other_can_be_stopped(
+    bench: Workbench, tmp_path: Path, number: signal.Signals, rank: int, code: int
+) -> None:
+    file = machine_file(bench, f"launch-{number.name}", rank, "127.0.0.1", free_port())
+    started = bench.start(
+        bench.recipe(f"alone-{number.name}-{rank}"), None, "--launch", str(file), environment={"TMPDIR": str(tmp_path)}
+    )
+    wait_until_idle(started.process)
+    started.send(number)
+    begun = time.monotonic()
+    ended = started.end()
+    assert time.monotonic() - begun < 10
+    assert ended.code == code, ended.said
+    assert ended.error_lines() == [
+        f"error: {number.name} while this machine waited for the others; the same command goes on from here"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [None, "two-ddp"])
+def test_under_nohup_a_closed_terminal_stops_nothing(bench: Workbench, kind: str | None) -> None:
+    program = ("nohup", sys.executable, "-m", "trainkit")
+    started = bench.start(bench.recipe(f"nohup-{kind}"), kind, program=program)
+    started.wait_for_step(3)
+    for process in [psutil.Process(started.process.pid), *started.workers()]:
+        process.send_signal(signal.SIGHUP)
+    ended = started.end()
+    assert ended.code == 0, ended.said
 
 
 @pytest.mark.long

@@ -42,16 +42,8 @@ class Packing:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
-        self.command = [
-            sys.executable,
-            "-m",
-            "trainkit",
-            "pack-data",
-            "--data",
-            "train.jsonl",
-            "--tokenizer",
-            str(model),
-        ]
+        packing = ["pack-data", "--data", "train.jsonl", "--tokenizer", str(model)]
+        self.command = [sys.executable, "-m", "trainkit", *packing]
         self.environment = {**os.environ, "TRAINKIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
     def start(self, output: str) -> subprocess.Popen[str]:

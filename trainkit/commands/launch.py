@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,6 +48,8 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {  # what `accelerate config` wr
 SAVING_SECONDS = 600  # after a signal processes have this long to save before they are killed
 MEETING_SECONDS = 900  # machines may be started one after another
 STOPPED_SECONDS, LOOK_SECONDS = 110, 5  # longer than the other processes wait for one that is stopped
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # and SIGINT, of which a second one differs
+HEARD_SECONDS = 1  # so long after a signal its handler has run, unless torch is waiting
 
 
 @dataclass(frozen=True)
@@ -69,48 +72,49 @@ def launch(file: str, arguments: Sequence[str]) -> int:
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is loaded, here and in each process
     wanted = read_launch_file(file)
+    os.environ.update(wanted.environment)
+    os.environ |= {OUR_LAUNCHER: str(os.getpid()), LAUNCH_FILE: str(Path(file).resolve())}
+    if wanted.machines > 1 and (interface := _interface_towards(wanted.address, wanted.port)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)
+    with tempfile.TemporaryDirectory(prefix="trainkit-launch-") as logs, _signals_obeyed(logs):
+        return _run(wanted, file, arguments, logs)
+
+
+def _run(wanted: Launch, file: str, arguments: Sequence[str], logs: str) -> int:
+    """Start the processes and watch them to their end; see :func:`launch`."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed says so itself
-    os.environ.update(wanted.environment)
-    os.environ |= {OUR_LAUNCHER: str(os.getpid()), LAUNCH_FILE: str(Path(file).resolve())}
-    if wanted.machines > 1 and (interface := _interface_towards(wanted.address, wanted.port)):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)
-    with tempfile.TemporaryDirectory(prefix="trainkit-launch-") as logs:
-        options: dict[str, Any] = {
-            "min_nodes": wanted.machines,
-            "max_nodes": wanted.machines,
-            "nproc_per_node": wanted.processes,
-            "logs_specs": DefaultLogsSpecs(log_dir=logs),
-            "run_id": "trainkit",
-            "max_restarts": 0,
-            "rdzv_backend": "static" if wanted.machines > 1 else "c10d",
-            "rdzv_endpoint": f"{wanted.address}:{wanted.port}" if wanted.machines > 1 else "localhost:0",
-            "rdzv_configs": {"rank": wanted.machine, "timeout": MEETING_SECONDS},
-            "signals_to_handle": "SIGTERM,SIGHUP,SIGQUIT,SIGUSR1",
-        }
-        known = {field.name for field in fields(LaunchConfig)}
-        config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
-        try:
-            with _ctrl_c_passed_on(), _stopped_ones_killed() if wanted.machines > 1 else nullcontext():
-                elastic_launch(config, sys.executable)("-m", "trainkit", *arguments)
-        except ChildFailedError as error:
-            return _exit_code(error)
-        except SignalException as error:
-            by_keyboard = error.sigval is signal.SIGINT
-            if first_exit_code() is not None:
-                return EXIT_CTRL_C if by_keyboard else EXIT_RESUMABLE
-            raise Stopped(
-                f"{error.sigval.name} before a process had anything to save; the same command goes on from here",
-                by_keyboard=by_keyboard,
-            ) from None
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = first_line(error)
-            raise MachineError(f"{file}: the processes could not be started: {reason}") from error
+    options: dict[str, Any] = {
+        "min_nodes": wanted.machines,
+        "max_nodes": wanted.machines,
+        "nproc_per_node": wanted.processes,
+        "logs_specs": DefaultLogsSpecs(log_dir=logs),
+        "run_id": "trainkit",
+        "max_restarts": 0,
+        "rdzv_backend": "static" if wanted.machines > 1 else "c10d",
+        "rdzv_endpoint": f"{wanted.address}:{wanted.port}" if wanted.machines > 1 else "localhost:0",
+        "rdzv_configs": {"rank": wanted.machine, "timeout": MEETING_SECONDS},
+        "signals_to_handle": ",".join(number.name for number in _heeded()),
+    }
+    known = {field.name for field in fields(LaunchConfig)}
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    try:
+        with _ctrl_c_passed_on(), _stopped_ones_killed() if wanted.machines > 1 else nullcontext():
+            elastic_launch(config, sys.executable)("-m", "trainkit", *arguments)
+    except ChildFailedError as error:
+        return _exit_code(error)
+    except SignalException as error:
+        if first_exit_code() is None:
+            raise _stopped(error.sigval) from None
+        return EXIT_CTRL_C if error.sigval is signal.SIGINT else EXIT_RESUMABLE
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = first_line(error)
+        raise MachineError(f"{file}: the processes could not be started: {reason}") from error
     return 0
 
 
@@ -200,6 +204,65 @@ def _interface_towards(address: str, port: int) -> str | None:
     own = address_towards(address, port)
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, ends in interfaces if any(end.address == own for end in ends)), None)
+
+
+def _heeded() -> list[signal.Signals]:
+    """Those of :data:`SIGNALS` that whoever called this program has not made it ignore, as nohup does with SIGHUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _stopped(number: signal.Signals) -> Stopped:
+    return Stopped(
+        f"{number.name} before a process had anything to save; the same command goes on from here",
+        by_keyboard=number is signal.SIGINT,
+    )
+
+
+@contextmanager
+def _signals_obeyed(logs: str) -> Iterator[None]:
+    """In here a signal raises Stopped, until torch's agent takes signals over together with the processes it starts.
+
+    Machines wait for each other inside of torch, where no handler runs: there a thread hears of the signal and ends
+    this process, without ``logs``.
+    """
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        raise _stopped(signal.Signals(number))
+
+    before = {number: signal.signal(number, handle) for number in _heeded()}
+    over = threading.Event()
+    heard, written = os.pipe()
+    os.set_blocking(written, False)
+    previous = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    watching = threading.Thread(
+        target=_end_where_no_handler_runs, args=(heard, over, logs), name="signals", daemon=True
+    )
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(previous)
+        os.close(written)
+        watching.join()
+        os.close(heard)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_where_no_handler_runs(heard: int, over: threading.Event, logs: str) -> None:
+    import psutil
+
+    this = psutil.Process()
+    while number := os.read(heard, 1):
+        if signal.Signals(number[0]) not in (signal.SIGINT, *SIGNALS):
+            continue
+        # Processes that are there are told, and the handler waits for them.
+        if not (this.children() or over.wait(HEARD_SECONDS) or this.children()):
+            name = signal.Signals(number[0]).name
+            _say(f"{name} while this machine waited for the others; the same command goes on from here")
+            shutil.rmtree(logs, ignore_errors=True)
+            os._exit(EXIT_CTRL_C if name == "SIGINT" else EXIT_RESUMABLE)
 
 
 @contextmanager

@@ -54,12 +54,12 @@ class Interruption:
     @contextmanager
     def ending_at_once(self) -> Iterator[None]:
         """In here a signal ends the process without a word, even while a library waits and lets no handler run."""
-        for number in SIGNALS:
+        for number in self._previous:
             signal.signal(number, signal.SIG_DFL)
         try:
             yield
         finally:
-            for number in SIGNALS:
+            for number in self._previous:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
