@@ -52,7 +52,7 @@ class CachingAllocator:
 
     def allocate(self, size: int) -> Block:
         """A block of at least ``size`` bytes."""
-        size = rounded_up(size, CUDA_BLOCK_BYTES) or CUDA_BLOCK_BYTES
+        size = -(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES or CUDA_BLOCK_BYTES
         is_small = size <= _SMALL
         pool = self._free[is_small]
         index = bisect_left(pool, (size,))
@@ -115,31 +115,35 @@ def peak_reserved_bytes(log: EventLog, workspaces: Sequence[tuple[str, int]] = (
     ``workspaces`` are libraries' buffers that stay: the phase in which each is first needed, and its bytes.
     """
     allocator = CachingAllocator()
+    allocate, free = allocator.allocate, allocator.free
     birth, death, scratch = Kind.BIRTH, Kind.DEATH, Kind.SCRATCH
     asked_bytes = [log.sizes[allocation.size] for allocation in log.allocations]
-    blocks: dict[int, Block] = {}
+    blocks: list[Block | None] = [None] * len(asked_bytes)
     waiting = list(workspaces)
     for first in (True, False):
         phase = ""
         late: list[int] = []  # the optimizer's state, which is not there before the first update
         for kind, subject, _ in log.events:
             if kind is birth:
-                if subject in blocks or not asked_bytes[subject]:
+                if blocks[subject] is not None or not asked_bytes[subject]:
                     continue
                 if first and phase == "start" and log.allocations[subject].part == "optimizer state":
                     late.append(subject)
                 else:
-                    blocks[subject] = allocator.allocate(asked_bytes[subject])
+                    blocks[subject] = allocate(asked_bytes[subject])
             elif kind is death:
-                if subject in blocks:
-                    allocator.free(blocks.pop(subject))
+                block = blocks[subject]
+                if block is not None:
+                    free(block)
+                    blocks[subject] = None
             elif kind is scratch:
-                allocator.free(allocator.allocate(log.sizes[subject]))
+                free(allocate(log.sizes[subject]))
             else:
                 phase, place = log.moments[subject]
                 while waiting and waiting[0][0] == phase:
-                    allocator.allocate(waiting.pop(0)[1])
+                    allocate(waiting.pop(0)[1])
                 if place == "update":
-                    blocks |= {number: allocator.allocate(asked_bytes[number]) for number in late}
+                    for number in late:
+                        blocks[number] = allocate(asked_bytes[number])
                     late = []
     return allocator.peak_reserved_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -85,12 +85,17 @@ def estimate(scenario: Scenario, *, exact: bool = False) -> Estimate:
     ``exact`` traces the step even where the quick engine has the answer. Raises ModelError for a model that cannot be
     built or traced, UsageError for an adapter that does not fit it, and MachineError for a missing package.
     """
+    covered = not exact and quick.covers(scenario)
+    with _collector_at_rest() if covered else nullcontext():
+        return _estimate(scenario, covered=covered)
+
+
+def _estimate(scenario: Scenario, *, covered: bool) -> Estimate:
     started = time.perf_counter()
     remarks: tuple[str, ...] = ()
     engine: Literal["quick", "trace"]
-    if not exact and quick.covers(scenario):
-        with _collector_at_rest():
-            engine, log = "quick", quick.quick_log(scenario)
+    if covered:
+        engine, log = "quick", quick.quick_log(scenario)
         parameters, trainable = quick.quick_counts(scenario)
     else:
         from trainkit.memory.trace import trace  # torch

@@ -35,37 +35,50 @@ def highest_moments(log: EventLog, block_bytes: int = CUDA_BLOCK_BYTES) -> Itera
 
     Sizes are rounded to ``block_bytes``; 1 rounds nothing, as the CPU's allocator.
     """
+    asked = [log.sizes[allocation.size] for allocation in log.allocations]
     parts: dict[str, int] = defaultdict(int)
-    allocated = 0
+    played = 0
+    # Where the points are is looked for first, since what each is made of would be noted at every birth otherwise.
+    for moment, at, highest in _highest_points(log, [rounded_up(size, block_bytes) for size in asked]):
+        for kind, subject, _ in log.events[played : at + 1]:
+            if kind is Kind.BIRTH:
+                parts[log.allocations[subject].part] += asked[subject]
+            elif kind is Kind.DEATH:
+                parts[log.allocations[subject].part] -= asked[subject]
+        played = at + 1
+        found = dict(parts)
+        last = log.events[at]
+        if last.kind is Kind.SCRATCH:
+            found[SCRATCH] = found.get(SCRATCH, 0) + log.sizes[last.subject]
+        found[ROUNDING] = highest - sum(found.values())
+        yield Moment(*log.moments[moment], found, highest)
+
+
+def _highest_points(log: EventLog, rounded: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """For each moment, the number of the first event at its highest point, and the bytes allocated there.
+
+    ``rounded`` are the bytes of every allocation.
+    """
+    birth, death, scratch = Kind.BIRTH, Kind.DEATH, Kind.SCRATCH
+    moment: int | None = None
+    allocated = at = 0
     highest = -1
-    at_highest: dict[str, int] = {}
-    phase_and_place: tuple[str, str] | None = None
-    for event in log.events:
-        if event.kind == Kind.MOMENT:
-            if phase_and_place is not None:
-                yield Moment(*phase_and_place, at_highest, highest)
-            phase_and_place = log.moments[event.subject]
-            now = allocated
-            highest = -1
-        elif event.kind == Kind.SCRATCH:
-            size = log.sizes[event.subject]
-            now = allocated + size
+    for index, (kind, subject, _) in enumerate(log.events):
+        if kind is birth:
+            now = allocated = allocated + rounded[subject]
+        elif kind is death:
+            allocated -= rounded[subject]
+            continue
+        elif kind is scratch:
+            now = allocated + log.sizes[subject]
         else:
-            allocation = log.allocations[event.subject]
-            size = log.sizes[allocation.size]
-            rounded = rounded_up(size, block_bytes)
-            sign = 1 if event.kind == Kind.BIRTH else -1
-            parts[allocation.part] += sign * size
-            parts[ROUNDING] += sign * (rounded - size)
-            allocated += sign * rounded
-            now = allocated
+            if moment is not None:
+                yield moment, at, highest
+            moment, highest, now = subject, -1, allocated
         if now > highest:
-            highest = now
-            at_highest = dict(parts)
-            if event.kind == Kind.SCRATCH:
-                at_highest[SCRATCH] = at_highest.get(SCRATCH, 0) + size
-    if phase_and_place is not None:
-        yield Moment(*phase_and_place, at_highest, highest)
+            highest, at = now, index
+    if moment is not None:
+        yield moment, at, highest
 
 
 def peak_of_folded(log: EventLog, counts: Mapping[Axis, int]) -> int:
