@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,15 +158,13 @@ def _check_commit(commit: str, revision: str, trust: Trust) -> None:
 
 
 def _from_hub(name: str, revision: str | None, trust: Trust | None) -> ModelLocation:
-    import huggingface_hub
-
     if trust is not None:
         if revision is not None:
             _check_commit(download_config(name, revision).parent.name, revision, trust)
         revision = trust.commit
     with _hub_failures(name, revision):
         patterns = HUB_FILES if trust is None else HUB_FILES + CODE_FILES
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = _snapshot(name, revision, patterns)
     if trust is not None:
         if folder.name != trust.commit:  # a branch may be called like a commit
             raise ModelError(
@@ -174,6 +172,24 @@ def _from_hub(name: str, revision: str | None, trust: Trust | None) -> ModelLoca
             )
         check_code(folder, trust)
     return ModelLocation(name, folder, revision=folder.name, hub_id=name, code=trust)
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder of a hub id, downloaded where it is not in the hub's cache. Raises what the hub client raises."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+        # For a commit, client 1.33 asks the hub what belongs to it, unless it downloaded that itself.
+        with suppress(hub.LocalEntryNotFoundError):
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, local_files_only=True
+                )
+            )
+        raise
 
 
 @contextmanager
