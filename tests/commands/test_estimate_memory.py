@@ -225,6 +225,58 @@ def test_what_does_not_fit_gets_advice_to_paste(capsys: Said) -> None:
     assert yaml.safe_load("\n".join(advice[1:3])) == {"training": {"micro_batch_size": 2}}
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"training": {"micro_batch_size": 4}},
+        {"adapter": {"type": "lora", "r": 8, "target_modules": ["q_proj", "no"]}, "training": {"micro_batch_size": 4}},
+        {"adapter": {"dropout": 0.1, "use_dora": True, "rank_pattern": {"q_proj": 4}, "alpha": 2.5}},
+        {"training": {"micro_batch_size": "auto"}},
+        {"training": {"micro_batch_size": 8, "tokens_per_step": 8192}},
+    ],
+    ids=lambda keys: json.dumps(keys)[:60],
+)
+@pytest.mark.parametrize("memory", ["14GiB", "30GiB", "70GiB"])
+def test_pasted_advice_comes_to_what_it_promised(
+    engine: StandIn, tmp_path: Path, capsys: Said, keys: dict[str, dict[str, Any]], memory: str
+) -> None:
+    """Section by section, key by key, with the options that the advice names."""
+    recipe: dict[str, Any] = yaml.safe_load(RECIPE)
+    del recipe["adapter"]
+    recipe |= {**keys, "training": recipe["training"] | keys.get("training", {})}
+    (tmp_path / "asked.yaml").write_text(yaml.safe_dump(recipe))
+    run(["estimate-memory", "asked.yaml", "--memory", memory, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["advice"] == []) == found["fits"]
+    for change in found["advice"]:
+        changed = dict(recipe)
+        for section, lines in yaml.safe_load(change["recipe"] or "{}").items():
+            changed[section] = {**changed.get(section, {}), **lines} if section != "adapter" else lines
+        (tmp_path / "pasted.yaml").write_text(yaml.safe_dump(changed))
+        gpus = [] if change["gpus"] == 1 else ["--gpus", str(change["gpus"]), "--shard", change["shard"]]
+        assert run(["estimate-memory", "pasted.yaml", "--memory", memory, *gpus, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["fits"], found["process_bytes"]) == (True, change["process_bytes"]), change
+
+
+def test_a_micro_batch_leaves_the_tokens_of_a_step_as_they_are(engine: StandIn, estimated: Estimated) -> None:
+    """A step has 8 rows; it grows where a micro-batch is larger."""
+    for rows, passes in ((3, 3), (8, 1), (20, 1)):
+        found = estimated("recipe.yaml", "--micro-batch-size", str(rows))
+        assert (found["micro_batch_size"], found["micro_batches_per_step"]) == (rows, passes)
+
+
+def test_the_largest_micro_batch_does_not_depend_on_the_one_that_is_asked_about(capsys: Said) -> None:
+    """By the formula itself: gradients of earlier micro-batches are there up to 31 rows, and not from 32 on."""
+    model = ["estimate-memory", "--model", "llama-3.2-1b", "--activation-checkpointing", "--memory", "36GiB", "--json"]
+    found = {}
+    for rows in (1, 22, 23, 32, 40):
+        run([*model, "--micro-batch-size", str(rows)])
+        found[rows] = json.loads(capsys.readouterr().out)
+    assert {one["max_micro_batch_size"] for one in found.values()} == {22}
+    assert [one["fits"] for one in found.values()] == [True, True, False, False, False]
+
+
 def test_advice_as_json(estimated: Estimated) -> None:
     found = estimated("--model", "llama-3.1-8b", "--memory", "24GiB", code=5)
     assert (found["fits"], found["verdict"], found["max_micro_batch_size"]) == (False, "does not fit", 0)
@@ -369,6 +421,19 @@ def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
                 *(["--model", "gpt2"], ["--adapter", "lora"], ["--activation-checkpointing"], ["--gpu", "t4"]),
                 *(["--memory", "8GiB"], ["--plot", "a.svg"]),
             )
+        ),
+        *(
+            (
+                ["--fits", "24GiB", "--set", f"{key}=x"],
+                2,
+                f"--fits: lists every known model by the cheapest method, so --set {key}",
+            )
+            for key in ("model.name", "model.activation_checkpointing", "adapter", "adapter.type")
+        ),
+        (
+            ["--model", "gpt2", "--micro-batch-size", "2000"],
+            2,
+            "training.micro_batch_size: 2,000 rows of 1,024 tokens are 2,048,000 tokens; more than 1,048,576 in a",
         ),
         (["recipe.yaml", "--fits", "24GiB"], 2, "--fits: lists every known model by the cheapest method, so RECIPE"),
         *(

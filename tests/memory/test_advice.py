@@ -63,7 +63,7 @@ def closed_form(asked: Scenario) -> Estimate:
     parts = dict.fromkeys(PARTS, 0) | {
         "weights": base // share,
         "adapters": 0 if asked.adapter is None else 4 * trained // share,
-        "gradients": 4 * trained // share,
+        "gradients": 4 * trained // share * (asked.micro_batches > 1),  # beside activations, of earlier micro-batches
         "optimizer state": (8 if asked.optimizer == "adamw" else 2) * trained // share,
         "activations": asked.tokens * a_token,
         "temporary buffers": asked.micro_batch_size * asked.sequence_length**2 // 8,
@@ -85,21 +85,33 @@ def fits(asked: Scenario, gib: float) -> bool:
     return fitting(asked, capacity(gib), ASK)
 
 
-@given(st.floats(1, 200))
-def test_the_largest_micro_batch_fits_and_one_row_more_does_not(gib: float) -> None:
-    rows = largest_micro_batch(LORA, capacity(gib), ASK)
-    assert largest_micro_batch(LORA, capacity(gib), ASK_KNOWING) == rows
-    assert rows == 0 or fits(replace(LORA, micro_batch_size=rows), gib)
-    assert not fits(replace(LORA, micro_batch_size=rows + 1), gib)
+@given(st.floats(1, 200), st.booleans(), st.integers(1, 40))
+def test_the_largest_micro_batch_fits_and_no_larger_one_does(gib: float, full: bool, asked_rows: int) -> None:
+    asked = scenario(micro_batch_size=1, adapter=None if full else Adapter())
+    step_tokens = 16 * asked.sequence_length
+
+    def of_rows(rows: int) -> Scenario:
+        return asked.with_rows(rows, asked.sequence_length, step_tokens)
+
+    rows = largest_micro_batch(of_rows(asked_rows), capacity(gib), ASK, step_tokens)
+    assert largest_micro_batch(of_rows(asked_rows), capacity(gib), ASK_KNOWING, step_tokens) == rows
+    assert rows == 0 or fits(of_rows(rows), gib)
+    assert not any(fits(of_rows(more), gib) for more in range(rows + 1, 2 * rows + 20))
 
 
-@given(st.floats(1, 400))
-def test_the_longest_row_fits_and_64_tokens_more_do_not(gib: float) -> None:
-    tokens = longest_row(LORA, capacity(gib), ASK, None)
-    assert longest_row(LORA, capacity(gib), ASK_KNOWING, None) == tokens
+@given(st.floats(1, 400), st.booleans())
+def test_the_longest_row_fits_and_no_longer_one_does(gib: float, full: bool) -> None:
+    asked = scenario(adapter=None if full else Adapter())
+    step_tokens = 16 * asked.sequence_length
+
+    def of_length(length: int) -> Scenario:
+        return asked.with_rows(asked.micro_batch_size, length, step_tokens)
+
+    tokens = longest_row(asked, capacity(gib), ASK, None)
+    assert longest_row(asked, capacity(gib), ASK_KNOWING, None, step_tokens) == tokens
     assert tokens % 64 == 0
-    assert tokens == 0 or fits(replace(LORA, sequence_length=tokens), gib)
-    assert not fits(replace(LORA, sequence_length=tokens + 64), gib)
+    assert tokens == 0 or fits(of_length(tokens), gib)
+    assert not any(fits(of_length(tokens + 64 * more), gib) for more in range(1, 200))
 
 
 def test_nothing_is_searched_beyond_a_million_tokens() -> None:

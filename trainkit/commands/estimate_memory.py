@@ -96,7 +96,7 @@ def _show_estimate(request: Request, subject: Subject, console: Console) -> None
         said["plot"] = str(request.plot)
         console.show(f"plot: {request.plot}")
     console.result(said)
-    if capacity is not None and _nothing_fits(scenario, capacity, ask):
+    if capacity is not None and not said["max_micro_batch_size"] and _nothing_fits(scenario, capacity, ask):
         raise MachineError(
             f"{subject.facts.name}: not even one row of {scenario.sequence_length:,} tokens fits in "
             f"{gib(capacity.size_bytes)} ({capacity.name})"
@@ -157,8 +157,8 @@ def _show_verdict(
 ) -> dict[str, Any]:
     """Say whether it fits, how much more would, and what to change if it does not; the same for ``--json``."""
     word = verdict(found, scenario.device, capacity)
-    rows = largest_micro_batch(scenario, capacity, ask)
-    tokens = longest_row(scenario, capacity, ask, subject.facts.positions)
+    rows = largest_micro_batch(scenario, capacity, ask, subject.step_tokens)
+    tokens = longest_row(scenario, capacity, ask, subject.facts.positions, subject.step_tokens)
     console.show()
     console.show(
         f"{word}: {gib(process_bytes(found, scenario.device))} of {gib(capacity.size_bytes)} ({capacity.name})"
@@ -169,7 +169,8 @@ def _show_verdict(
     limit = ", all its positions" if tokens == subject.facts.positions else ""
     console.show(f"largest micro-batch that fits: {f'{rows:,} of these rows' if rows else 'not even one row'}")
     console.show(f"longest rows that fit: {f'{tokens:,} tokens{limit}' if tokens else 'none'}")
-    advice = changes(scenario, capacity, ask) if word != "fits" else Advice(())
+    auto = subject.recipe.training.micro_batch_size == "auto"
+    advice = changes(scenario, capacity, ask, auto=auto) if word != "fits" else Advice(())
     if word != "fits":
         console.show()
         console.show("What makes it fit, the cheapest first:" if advice.changes else "No single change makes it fit.")
@@ -190,9 +191,9 @@ def _show_verdict(
 
 
 def _nothing_fits(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
-    """Whether one row, the least there can be, does not fit and is not tight either."""
-    one_row = scenario.with_micro_batch_size(1)
-    return verdict(ask(one_row), scenario.device, capacity) == "does not fit"
+    """Whether neither what was asked about nor one row, the least there can be, fits or is tight."""
+    tried = (scenario, scenario.with_micro_batch_size(1))
+    return all(verdict(ask(one), scenario.device, capacity) == "does not fit" for one in tried)
 
 
 def _show_change(number: int, change: Change, console: Console) -> None:
@@ -294,20 +295,25 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
         console.progress("models", number, len(known_models()))
     fitting = [one for one in listed if one["method"] is not None]
     rows, length = request.micro_batch_size or 1, request.sequence_length or Packing().sequence_length
-    console.table(
-        f"Micro-batches of {rows:,} row{'s' * (rows > 1)} of {length:,} tokens in {gib(capacity.size_bytes)}",
-        ["model", "parameters", "cheapest method that fits", f"{'process GiB':>11}", "trained parameters"],
-        [
-            [
-                one["model"],
-                one["parameters"],
-                one["method"],
-                f"{one['process_bytes'] / GIB:11.2f}",
-                one["trainable_parameters"],
-            ]
-            for one in fitting
-        ],
+    shorter = "" if request.sequence_length else " (of a model with fewer positions: all of them)"
+    console.prose(
+        f"Micro-batches of {rows:,} row{'s' * (rows > 1)} of {length:,} tokens{shorter} in {gib(capacity.size_bytes)}"
     )
+    if fitting:
+        console.table(
+            "",
+            ["model", "parameters", "cheapest method that fits", f"{'process GiB':>11}", "trained parameters"],
+            [
+                [
+                    one["model"],
+                    one["parameters"],
+                    one["method"],
+                    f"{one['process_bytes'] / GIB:11.2f}",
+                    one["trainable_parameters"],
+                ]
+                for one in fitting
+            ],
+        )
     others = [one["model"] for one in listed if one["method"] is None and "why" not in one]
     console.show()
     if others:
@@ -316,7 +322,7 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
         if "why" in one:
             instead = "" if one["method"] is None else f"{one['method']} fits; before it "
             console.prose(f"not estimated: {one['model']}: {instead}{one['why']}", hang=2)
-    console.result({"capacity_bytes": capacity.size_bytes, "models": listed})
+    console.result({"capacity_bytes": capacity.size_bytes, "micro_batch_size": rows, "models": listed})
     if not fitting:
         raise MachineError(f"--fits: no known model fits in {gib(capacity.size_bytes)}")
 
@@ -332,6 +338,7 @@ def _method_as_json(best: Cheapest, subject: Subject) -> dict[str, Any]:
     method, found = best.method, best.estimate
     return {
         "method": method.name,
+        "sequence_length": subject.recipe.packing.sequence_length,
         "trainable_parameters": found.trainable_parameters,
         "peak_allocated_bytes": found.peak_allocated_bytes,
         "peak_reserved_bytes": found.peak_reserved_bytes,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from trainkit.errors import MachineError, ModelError, UsageError
 from trainkit.memory.scenario import BYTES_OF, Scenario
 from trainkit.memory.verdict import context_bytes, process_bytes
 from trainkit.recipe.schema import Adapter
+from trainkit.recipe.written import value_as_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -160,27 +161,36 @@ def fitting(scenario: Scenario, capacity: Capacity, ask: Question) -> bool:
     return process_bytes(ask(scenario), scenario.device) <= capacity.to_fill_bytes
 
 
-def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question) -> int:
-    """Rows of the largest micro-batch that fits, everything else unchanged; 0 where not even one row does.
+def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question, step_tokens: int | None = None) -> int:
+    """Rows of the largest micro-batch that fits; 0 where none does. Not searched beyond :data:`MOST_TOKENS` tokens.
 
-    Not searched beyond :data:`MOST_TOKENS` tokens.
+    A step stays one of ``step_tokens`` on each device (the scenario's own), or grows to one micro-batch.
     """
     most = max(MOST_TOKENS // scenario.sequence_length, 1)
-    return _largest(
-        lambda rows: replace(scenario, micro_batch_size=rows), most, capacity, ask, min(scenario.micro_batch_size, most)
-    )
+    tokens = step_tokens or scenario.micro_batches * scenario.tokens
+
+    def of_rows(rows: int) -> Scenario:
+        return scenario.with_rows(rows, scenario.sequence_length, tokens)
+
+    return _largest_of_both(of_rows, most, capacity, ask, min(scenario.micro_batch_size, most))
 
 
-def longest_row(scenario: Scenario, capacity: Capacity, ask: Question, positions: int | None) -> int:
-    """Tokens of the longest row that fits, everything else unchanged: a multiple of 64, or all ``positions``; or 0."""
+def longest_row(
+    scenario: Scenario, capacity: Capacity, ask: Question, positions: int | None, step_tokens: int | None = None
+) -> int:
+    """Tokens of the longest row that fits: a multiple of 64, or all ``positions``; or 0.
+
+    The micro-batch has as many rows as before; for ``step_tokens`` see :func:`largest_micro_batch`.
+    """
     most = min(positions or MOST_TOKENS, MOST_TOKENS)
     steps = -(-most // LENGTH_STEP)
+    tokens = step_tokens or scenario.micro_batches * scenario.tokens
 
     def of_length(step: int) -> Scenario:
-        return replace(scenario, sequence_length=min(step * LENGTH_STEP, most))
+        return scenario.with_rows(scenario.micro_batch_size, min(step * LENGTH_STEP, most), tokens)
 
     start = min(max(scenario.sequence_length // LENGTH_STEP, 1), steps)
-    return min(_largest(of_length, steps, capacity, ask, start) * LENGTH_STEP, most)
+    return min(_largest_of_both(of_length, steps, capacity, ask, start) * LENGTH_STEP, most)
 
 
 def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_rows: int | None = None) -> int:
@@ -197,21 +207,28 @@ def rows_for_auto(scenario: Scenario, capacity: Capacity, ask: Question, most_ro
     return divisors[index - 1] if index else 0
 
 
-def changes(scenario: Scenario, capacity: Capacity, ask: Question) -> Advice:
+def changes(scenario: Scenario, capacity: Capacity, ask: Question, *, auto: bool = False) -> Advice:
     """The cheapest changes of each kind that make a scenario fit, the cheapest kind first; none where nothing does.
 
-    The scenario itself has been estimated; what a change would make of it may be refused.
+    The scenario itself has been estimated; what a change would make of it may be refused. With ``auto`` the recipe
+    leaves the micro-batch to the memory, which then takes what the change makes room for.
     """
-    kinds = _kinds(scenario, capacity, ask)
-    found = _tried(kinds)
+    found = _tried(_kinds(scenario, capacity, ask))
+    if auto:
+        found = replace(found, changes=tuple(_with_rows_of_auto(change, capacity, ask) for change in found.changes))
     if scenario.gpus > 1 or scenario.method == "qlora":
         return found
     lora = replace(scenario, adapter=Adapter(type="lora"))
-    more = [_Kind("several GPUs", lambda: _sharded(scenario, scenario, capacity, ask))]
+    more = [_Kind("several GPUs", lambda: _sharded(scenario, scenario, capacity, ask, auto=auto))]
     if not found.changes and scenario.adapter is None:
-        more.append(_Kind("LoRA on several GPUs", lambda: _sharded(lora, scenario, capacity, ask)))
+        more.append(_Kind("LoRA on several GPUs", lambda: _sharded(lora, scenario, capacity, ask, auto=auto)))
     shared = _tried(more)
     return Advice((*found.changes, *shared.changes), (*found.not_estimated, *shared.not_estimated))
+
+
+def _with_rows_of_auto(change: Change, capacity: Capacity, ask: Question) -> Change:
+    scenario = change.scenario.with_micro_batch_size(rows_for_auto(change.scenario, capacity, ask))
+    return replace(change, scenario=scenario, estimate=ask(scenario))
 
 
 def changes_of_recipe(scenario: Scenario, capacity: Capacity, ask: Question) -> Advice:
@@ -314,18 +331,24 @@ def _cheapest(tried: Scenario, cost: str, asked: Scenario, capacity: Capacity, a
     return _as_it_is_or_fewer_rows(checkpointed, f"{cost}; about a third more time", asked, capacity, ask)
 
 
-def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Question) -> Change | None:
-    """The fewest GPUs that can share the step, with activation checkpointing.
+def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Question, *, auto: bool) -> Change | None:
+    """The fewest GPUs that can share the step, with activation checkpointing; with ``auto`` rows are said, not chosen.
 
     A trace of many GPUs takes seconds, so there are two at most: what the first says of the parts that are shared tells
     how many GPUs it will take.
     """
     checkpointed = replace(scenario, activation_checkpointing=True, shard="fsdp2")
+
+    def shared_by(gpus: int) -> Scenario:
+        step_tokens = scenario.micro_batches * scenario.tokens // gpus
+        rows = max(1, min(scenario.micro_batch_size, step_tokens // scenario.sequence_length))
+        return replace(checkpointed, gpus=gpus).with_rows(rows, scenario.sequence_length, step_tokens)
+
     least = _least_bytes(scenario, ask(asked).parameters)
     first = next((gpus for gpus in GPU_COUNTS if least / gpus <= capacity.to_fill_bytes), None)
     if first is None:
         return None
-    tried = replace(checkpointed, gpus=first)
+    tried = shared_by(first)
     if not fitting(tried, capacity, ask):
         found = ask(tried)
         shared = first * sum(found.parts[part] for part in SHARED_PARTS)
@@ -334,28 +357,41 @@ def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Quest
         enough = next((gpus for gpus in GPU_COUNTS if gpus > first and shared / gpus <= room), None)
         if enough is None:
             return None
-        tried = replace(checkpointed, gpus=enough)
+        tried = shared_by(enough)
         if not fitting(tried, capacity, ask):
             return None
-    return _change(tried, f"{tried.gpus} such GPUs that share it (--gpus {tried.gpus} --shard fsdp2)", asked, ask)
+    sentence = f"{tried.gpus} such GPUs that share it (--gpus {tried.gpus} --shard fsdp2)"
+    return _change(tried, sentence, asked, ask, says_rows=auto)
 
 
-def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question) -> Change:
+def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question, *, says_rows: bool = False) -> Change:
     """What differs between the scenario and the one that was asked about."""
     lines: list[str] = []
     if scenario.activation_checkpointing != asked.activation_checkpointing:
         lines += ["model:", "  activation_checkpointing: true"]
     if scenario.adapter != asked.adapter and scenario.adapter is not None:
-        keys = f"type: {scenario.adapter.type}, r: {scenario.adapter.r}, alpha: {scenario.adapter.alpha:g}"
-        lines += [f"adapter: {{{keys}}}"]
+        lines += [f"adapter: {{{_adapter_keys(scenario.adapter)}}}"]
     training = []
     if scenario.optimizer != asked.optimizer:
         training.append(f"  optimizer: {scenario.optimizer}")
-    if scenario.micro_batch_size != asked.micro_batch_size:
+    if says_rows or scenario.micro_batch_size != asked.micro_batch_size:
         training.append(f"  micro_batch_size: {scenario.micro_batch_size}")
+    a_row_each = scenario.gpus * scenario.sequence_length
+    if a_row_each > asked.gpus * asked.micro_batches * asked.tokens:
+        training.append(f"  tokens_per_step: {a_row_each}")
     if training:
         lines += ["training:", *training]
     return Change(cost, tuple(lines), scenario, ask(scenario))
+
+
+def _adapter_keys(adapter: Adapter) -> str:
+    """An adapter's section on one line: its kind and size, and whatever else is not left to the defaults."""
+    shown = {"type", "r", "alpha"}
+    keys = [(one.name, getattr(adapter, one.name)) for one in fields(adapter)]
+    plain = Adapter()
+    return ", ".join(
+        f"{name}: {value_as_yaml(value)}" for name, value in keys if name in shown or value != getattr(plain, name)
+    )
 
 
 def _least_bytes(scenario: Scenario, parameters: int) -> float:
@@ -370,6 +406,36 @@ def _smaller_divisors(scenario: Scenario) -> list[int]:
     rows = scenario.micro_batch_size
     in_a_step = rows * scenario.micro_batches
     return [fewer for fewer in range(rows - 1, 0, -1) if in_a_step % fewer == 0]
+
+
+def _largest_of_both(
+    scenario_at: Callable[[int], Scenario], most: int, capacity: Capacity, ask: Question, start: int
+) -> int:
+    """The largest n from 1 to ``most`` whose scenario fits, where the need grows with n but for one step down; or 0.
+
+    That is where a step becomes one micro-batch: no gradients of earlier ones stand beside it then.
+    """
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if scenario_at(middle).micro_batches > 1:
+            low = middle
+        else:
+            high = middle
+    last_of_several = low
+    if last_of_several < most:
+        found = _largest(
+            lambda further: scenario_at(last_of_several + further),
+            most - last_of_several,
+            capacity,
+            ask,
+            max(start - last_of_several, 1),
+        )
+        if found:
+            return last_of_several + found
+    if last_of_several == 0:
+        return 0
+    return _largest(scenario_at, last_of_several, capacity, ask, min(start, last_of_several))
 
 
 def _largest(

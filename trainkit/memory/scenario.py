@@ -72,8 +72,17 @@ class Scenario:
 
     def with_micro_batch_size(self, rows: int) -> Scenario:
         """The same tokens per step in micro-batches of another size; whether any accumulate changes with it."""
-        in_a_step = self.micro_batch_size * self.micro_batches
-        return replace(self, micro_batch_size=rows, micro_batches=max(1, -(-in_a_step // rows)))
+        return self.with_rows(rows, self.sequence_length, self.micro_batches * self.tokens)
+
+    def with_rows(self, rows: int, sequence_length: int, step_tokens: int) -> Scenario:
+        """Other micro-batches, in as many as a step of ``step_tokens`` on this device is made of, and at least one."""
+        in_a_step = step_tokens // sequence_length
+        return replace(
+            self,
+            micro_batch_size=rows,
+            sequence_length=sequence_length,
+            micro_batches=max(1, -(-in_a_step // rows)),
+        )
 
 
 def scenario_of(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from trainkit.errors import UsageError
+from trainkit.memory.advice import MOST_TOKENS
 from trainkit.memory.gpus import find_gpu
 from trainkit.memory.models import ModelFacts, check_sequence_length, model_facts
 from trainkit.memory.scenario import Device, Scenario, scenario_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # What --fits decides itself or has no use for, and all that the textbook's arithmetic knows.
 _NOT_WITH_FITS = {"RECIPE", "--model", "--adapter", "--activation-checkpointing", "--gpu", "--memory", "--plot"}
+_DECIDED_BY_FITS = {"model", "model.name", "model.revision", "model.activation_checkpointing"}
 _WITH_TEXTBOOK = {"RECIPE", "--model", "--set", "--view"}
 
 
@@ -53,10 +55,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is estimated: a model, the recipe that trains it, a device, and its capacity where one is given."""
+    """What is estimated: a model, the recipe that trains it, a device, and its capacity where one is given.
+
+    ``step_tokens`` are those of a step on each device before the recipe's step was made to hold a larger micro-batch.
+    """
 
     facts: ModelFacts
     recipe: Recipe
+    step_tokens: int
     warnings: tuple[str, ...]
     device: Device
     capacity: Capacity | None
@@ -73,6 +79,10 @@ def check_request(request: Request) -> None:
     given = _given(request)
     if request.fits is not None:
         _refuse("--fits: lists every known model by the cheapest method", given & _NOT_WITH_FITS)
+        for override in request.overrides:
+            key = override.partition("=")[0].strip()
+            if key.partition(".")[0] == "adapter" or key in _DECIDED_BY_FITS:
+                _refuse("--fits: lists every known model by the cheapest method", {f"--set {key}"})
     elif not given & {"RECIPE", "--model"}:
         raise UsageError("give a RECIPE or --model NAME; see `trainkit estimate-memory --help`")
     if request.textbook:
@@ -126,16 +136,22 @@ def subject_of(request: Request) -> Subject:
     recipe = read.recipe
     facts = facts if facts and recipe.model.name == request.model else model_facts(recipe.model)
     check_sequence_length(facts, recipe.packing.sequence_length)
-    _check_shares(recipe, request.gpus)
+    _check_rows(recipe, request.gpus)
     chosen_precision(recipe.precision, device.kind, device.capability, request.gpu or "this GPU")  # raises for a GPU's
     shard = request.shard or ("none" if request.gpus == 1 else "ddp")
     warnings = read.warnings if request.recipe is not None else ()
-    return Subject(facts, recipe, warnings, device, capacity, request.gpus, shard)
+    step_tokens = _written_step_tokens(request) // request.gpus
+    return Subject(facts, recipe, step_tokens, warnings, device, capacity, request.gpus, shard)
 
 
-def _check_shares(recipe: Recipe, gpus: int) -> None:
-    """Raise UsageError where a step has too few rows for every GPU to get one micro-batch."""
+def _check_rows(recipe: Recipe, gpus: int) -> None:
+    """Raise UsageError for a micro-batch beyond estimating, and where a step has none for every GPU."""
     rows = 1 if recipe.training.micro_batch_size == "auto" else recipe.training.micro_batch_size
+    if (tokens := rows * recipe.packing.sequence_length) > MOST_TOKENS:
+        raise UsageError(
+            f"training.micro_batch_size: {rows:,} rows of {recipe.packing.sequence_length:,} tokens are {tokens:,} "
+            f"tokens; more than {MOST_TOKENS:,} in a micro-batch are not estimated"
+        )
     needed, there = rows * gpus * recipe.packing.sequence_length, recipe.training.tokens_per_step
     if needed > there:
         raise UsageError(
@@ -177,13 +193,21 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     return flags
 
 
+def _written_step_tokens(request: Request) -> int:
+    """The tokens of a step as the recipe says, or the default."""
+    if request.recipe is None:
+        return Training.tokens_per_step
+    return read_recipe(request.recipe, request.overrides).recipe.training.tokens_per_step
+
+
 def _tokens_per_step(request: Request, length: int | None) -> Flag:
-    """About as many tokens in a step as the recipe says (or its default), in whole micro-batches."""
-    tokens, rows = Training.tokens_per_step, request.micro_batch_size or 1
+    """As many tokens in a step as the recipe says (or its default): whole rows, and a micro-batch for every GPU."""
+    tokens, rows = _written_step_tokens(request), request.micro_batch_size or 1
     if request.recipe is not None:
         written = read_recipe(request.recipe, request.overrides).recipe
-        tokens, length = written.training.tokens_per_step, length or written.packing.sequence_length
+        length = length or written.packing.sequence_length
         if request.micro_batch_size is None and written.training.micro_batch_size != "auto":
             rows = written.training.micro_batch_size
-    pass_tokens = rows * request.gpus * (length or Packing().sequence_length)  # one micro-batch on every GPU
-    return Flag("--sequence-length", "training.tokens_per_step", str(max(1, tokens // pass_tokens) * pass_tokens))
+    length = length or Packing().sequence_length
+    whole = max(tokens // length, rows * request.gpus) * length
+    return Flag("--sequence-length", "training.tokens_per_step", str(whole))
