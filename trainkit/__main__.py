@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from trainkit.signals import heed, heed_no_more, said_of
+
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
@@ -23,13 +25,19 @@ def main() -> None:
         if getattr(sys, name) is None:  # it was closed when the program began: what is said goes nowhere
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the program ends
 
+    heed()
     # Looking for cycles in what stays to the end finds nothing, and takes a tenth of a short command's time.
     gc.disable()
-    from trainkit.cli import run
+    try:
+        from trainkit.cli import run
 
-    gc.freeze()
-    gc.enable()
-    exit_code = run(sys.argv[1:])
+        gc.freeze()
+        gc.enable()
+        exit_code = run(sys.argv[1:])
+    except KeyboardInterrupt as interrupt:  # while the command line was loaded, or a failure was being told
+        received, exit_code = said_of(interrupt)
+        sys.stderr.write(f"error: interrupted ({received.name})\n")
+    heed_no_more()
     if "torch" not in sys.modules:  # with it, what other libraries have open may hang on a cycle
         gc.freeze()
     sys.exit(exit_code)

@@ -16,20 +16,20 @@ import threading
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
 from trainkit.errors import LostProcessError, MachineError, Stopped, UsageError, first_line
 from trainkit.launched import LAUNCH_FILE, OUR_LAUNCHER, address_towards, first_exit_code
+from trainkit.signals import EXIT_CTRL_C, EXIT_RESUMABLE, SIGNALS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-EXIT_RESUMABLE, EXIT_CTRL_C = 75, 130
 KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP")
 NUMBERS = {"num_machines", "num_processes", "machine_rank", "main_process_port"}
 READ = NUMBERS | {"distributed_type", "main_process_ip", "use_cpu", "gpu_ids", "fsdp_config", "mixed_precision"}
@@ -48,7 +48,6 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {  # what `accelerate config` wr
 SAVING_SECONDS = 600  # after a signal processes have this long to save before they are killed
 MEETING_SECONDS = 900  # machines may be started one after another
 STOPPED_SECONDS, LOOK_SECONDS = 110, 5  # longer than the other processes wait for one that is stopped
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # and SIGINT, of which a second one differs
 HEARD_SECONDS = 1  # so long after a signal its handler has run, unless torch is waiting
 
 
@@ -77,11 +76,11 @@ def launch(file: str, arguments: Sequence[str]) -> int:
     if wanted.machines > 1 and (interface := _interface_towards(wanted.address, wanted.port)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)
-    with tempfile.TemporaryDirectory(prefix="trainkit-launch-") as logs, _signals_obeyed(logs):
-        return _run(wanted, file, arguments, logs)
+    with tempfile.TemporaryDirectory(prefix="trainkit-launch-") as logs, _SignalsObeyed(logs) as signals:
+        return _run(wanted, file, arguments, logs, signals)
 
 
-def _run(wanted: Launch, file: str, arguments: Sequence[str], logs: str) -> int:
+def _run(wanted: Launch, file: str, arguments: Sequence[str], logs: str, signals: _SignalsObeyed) -> int:
     """Start the processes and watch them to their end; see :func:`launch`."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -99,19 +98,20 @@ def _run(wanted: Launch, file: str, arguments: Sequence[str], logs: str) -> int:
         "rdzv_backend": "static" if wanted.machines > 1 else "c10d",
         "rdzv_endpoint": f"{wanted.address}:{wanted.port}" if wanted.machines > 1 else "localhost:0",
         "rdzv_configs": {"rank": wanted.machine, "timeout": MEETING_SECONDS},
-        "signals_to_handle": ",".join(number.name for number in _heeded()),
+        "signals_to_handle": "",  # a second one would end it while the processes save
     }
     known = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     try:
-        with _ctrl_c_passed_on(), _stopped_ones_killed() if wanted.machines > 1 else nullcontext():
+        with signals.telling(SignalException), _stopped_ones_killed() if wanted.machines > 1 else nullcontext():
             elastic_launch(config, sys.executable)("-m", "trainkit", *arguments)
     except ChildFailedError as error:
         return _exit_code(error)
     except SignalException as error:
-        if first_exit_code() is None:
+        said = first_exit_code()
+        if said is None:
             raise _stopped(error.sigval) from None
-        return EXIT_CTRL_C if error.sigval is signal.SIGINT else EXIT_RESUMABLE
+        return said
     except (OSError, RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise MachineError(f"{file}: the processes could not be started: {reason}") from error
@@ -206,11 +206,6 @@ def _interface_towards(address: str, port: int) -> str | None:
     return next((name for name, ends in interfaces if any(end.address == own for end in ends)), None)
 
 
-def _heeded() -> list[signal.Signals]:
-    """Those of :data:`SIGNALS` that whoever called this program has not made it ignore, as nohup does with SIGHUP."""
-    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-
-
 def _stopped(number: signal.Signals) -> Stopped:
     return Stopped(
         f"{number.name} before a process had anything to save; the same command goes on from here",
@@ -218,79 +213,77 @@ def _stopped(number: signal.Signals) -> Stopped:
     )
 
 
-@contextmanager
-def _signals_obeyed(logs: str) -> Iterator[None]:
-    """In here a signal raises Stopped, until torch's agent takes signals over together with the processes it starts.
+class _SignalsObeyed:
+    """In here a signal raises Stopped; while torch's agent runs, the exception of its own that makes it stop all.
+
+    The agent passes the first signal on and waits for the processes. After that a Ctrl+C goes to them as it is, since a
+    second one has a meaning for them, and other signals change nothing: they are stopping. (They are in sessions of
+    their own, so that a terminal does not reach them.)
 
     Machines wait for each other inside of torch, where no handler runs: there a thread hears of the signal and ends
-    this process, without ``logs``.
+    this process, without ``logs``. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        raise _stopped(signal.Signals(number))
+    def __init__(self, logs: str) -> None:
+        self._logs = logs
+        self._tell: Callable[[str, signal.Signals], Exception] | None = None
+        self._is_told = False
+        self._over = threading.Event()
+        self._previous: dict[signal.Signals, Any] = {}
 
-    before = {number: signal.signal(number, handle) for number in _heeded()}
-    over = threading.Event()
-    heard, written = os.pipe()
-    os.set_blocking(written, False)
-    previous = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-    watching = threading.Thread(
-        target=_end_where_no_handler_runs, args=(heard, over, logs), name="signals", daemon=True
-    )
-    watching.start()
-    try:
-        yield
-    finally:
-        over.set()
-        signal.set_wakeup_fd(previous)
-        os.close(written)
-        watching.join()
-        os.close(heard)
-        for number, handler in before.items():
+    def __enter__(self) -> Self:
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
+        self._heard, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        self._watching = threading.Thread(target=self._end_where_no_handler_runs, name="signals", daemon=True)
+        self._watching.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.close(self._written)
+        self._watching.join()
+        os.close(self._heard)
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def telling(self, exception: Callable[[str, signal.Signals], Exception]) -> Iterator[None]:
+        """In here the agent runs, and ``exception`` is what it stops at."""
+        self._tell = exception
+        try:
+            yield
+        finally:
+            self._tell = None
 
-def _end_where_no_handler_runs(heard: int, over: threading.Event, logs: str) -> None:
-    import psutil
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        import psutil
 
-    this = psutil.Process()
-    while number := os.read(heard, 1):
-        if signal.Signals(number[0]) not in (signal.SIGINT, *SIGNALS):
-            continue
-        # Processes that are there are told, and the handler waits for them.
-        if not (this.children() or over.wait(HEARD_SECONDS) or this.children()):
-            name = signal.Signals(number[0]).name
-            _say(f"{name} while this machine waited for the others; the same command goes on from here")
-            shutil.rmtree(logs, ignore_errors=True)
-            os._exit(EXIT_CTRL_C if name == "SIGINT" else EXIT_RESUMABLE)
+        received = signal.Signals(number)
+        if not self._is_told:
+            self._is_told = True
+            raise _stopped(received) if self._tell is None else self._tell(f"got {received.name}", received)
+        if received is signal.SIGINT:
+            for process in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGINT)
 
+    def _end_where_no_handler_runs(self) -> None:
+        import psutil
 
-@contextmanager
-def _ctrl_c_passed_on() -> Iterator[None]:
-    """The first Ctrl+C ends the launch as other signals do; a second one goes to the processes, which obey it at once.
-
-    They are in sessions of their own, so that a terminal does not reach them; and the agent, once it has passed on a
-    first signal, only waits.
-    """
-    import psutil
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    pressed = 0
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed += 1
-        if pressed == 1:
-            raise SignalException("Ctrl+C", signal.SIGINT)
-        for process in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        this = psutil.Process()
+        while number := os.read(self._heard, 1):
+            if signal.Signals(number[0]) not in self._previous:
+                continue
+            # Processes that are there are told, and the handler waits for them.
+            if not (this.children() or self._over.wait(HEARD_SECONDS) or this.children()):
+                name = signal.Signals(number[0]).name
+                _say(f"{name} while this machine waited for the others; the same command goes on from here")
+                shutil.rmtree(self._logs, ignore_errors=True)
+                os._exit(EXIT_CTRL_C if name == "SIGINT" else EXIT_RESUMABLE)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainkit.errors import MachineError
+from trainkit.signals import SIGNALS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -129,9 +130,9 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     global _function_of_worker  # noqa: PLW0603 - an executor's worker has no other place for it
     _function_of_worker = function
     gc.disable()  # looking for cycles would copy the parent's pages, and a worker makes next to none
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for one in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(one, signal.SIG_DFL)
+    for one in SIGNALS:
+        if signal.getsignal(one) is not signal.SIG_IGN:
+            signal.signal(one, signal.SIG_IGN if one is signal.SIGINT else signal.SIG_DFL)
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

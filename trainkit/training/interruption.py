@@ -6,16 +6,15 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
+from trainkit.signals import SIGNALS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType, TracebackType
 
-# SIGUSR1 is SLURM's customary warning before the time limit; SIGHUP comes when a terminal is closed.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
 
 class Interruption:
-    """While entered, each of :data:`SIGNALS` raises KeyboardInterrupt, and ``received`` says which it was.
+    """While entered, each of :data:`~trainkit.signals.SIGNALS` raises KeyboardInterrupt, and ``received`` says which it was.
 
     One that is ignored, as SIGHUP is under nohup, stays ignored. Inside :meth:`deferring` the first one only sets
     ``received``; a second SIGINT stops at once.
@@ -27,6 +26,7 @@ class Interruption:
     def __init__(self, on_first: Callable[[signal.Signals], None]) -> None:
         self._on_first = on_first
         self._deferring = False
+        self._ctrl_c = 0
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
 
@@ -64,7 +64,8 @@ class Interruption:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         before, self.received = self.received, signal.Signals(number)
-        if not self._deferring or (before is signal.SIGINT and number == signal.SIGINT):
+        self._ctrl_c += self.received is signal.SIGINT
+        if not self._deferring or (self.received is signal.SIGINT and self._ctrl_c > 1):
             raise KeyboardInterrupt
         if before is None:
             self._on_first(self.received)
