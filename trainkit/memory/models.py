@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import ModelError
+from trainkit.memory.families import ROTATIONS
 from trainkit.memory.tables import configs_folder, near_names, plain_name, read_table
 from trainkit.model.checking import CONFIG_FILE, check_architecture, read_config
 from trainkit.model.locating import SHIPPED_NAMES, download_config, locate_model, looks_like_path
@@ -32,7 +34,21 @@ _HEADS = ("num_attention_heads", "n_head")
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_WIDTH = ("head_dim", "qk_nope_head_dim")
 _POSITIONS = ("max_position_embeddings", "n_positions")
-_VOCABULARY = ("vocab_size",)
+
+# Far beyond every model, and small enough that the bytes of each tensor are a number of 64 bits.
+_MOST_LAYERS, _WIDEST, _MOST_TOKENS = 10_000, 2**20, 2**31 - 1
+_SIZES = (
+    (_LAYERS, _MOST_LAYERS),
+    ((*_WIDTH, *_HEADS, *_KEY_VALUE_HEADS, "intermediate_size", "n_inner", "head_dim"), _WIDEST),
+    (("vocab_size", *_POSITIONS), _MOST_TOKENS),  # ids and places of tokens are 32-bit numbers
+)
+_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("tie_word_embeddings", (bool,), "true or false"),
+    ("sliding_window", (int, list), "a whole number or null"),
+    ("rope_scaling", (dict,), "an object with a type and its numbers, or null"),
+    ("rope_parameters", (dict,), "an object with a type and its numbers, or null"),
+)
+_LONGEST_VALUE = 40  # characters of it in an error
 
 
 @dataclass(frozen=True)
@@ -160,21 +176,50 @@ def _surely_causal(config: Mapping[str, Any]) -> bool:
 
 
 def _check_numbers(facts: ModelFacts, path: Path) -> None:
-    """Raise ModelError, naming config.json, for numbers that no model can have."""
+    """Raise ModelError, naming config.json and the key, for values that no model can have.
+
+    Null is left to the model's class, and so are lists, which some have with an entry for each layer.
+    """
     config = facts.text_config
-    for names in (_LAYERS, _WIDTH, _HEADS, _VOCABULARY):
-        value = _first(config, names)
-        if value is not None and not (type(value) is int and value > 0):
-            raise ModelError(f"{path}: {names[0]} is {value!r}; it must be a whole number above 0")
+    inside = "text_config." if config is not facts.config else ""
+    for names, most in _SIZES:
+        for name in names:
+            value = config.get(name)
+            if value is not None and not isinstance(value, list) and not (type(value) is int and 0 < value <= most):
+                raise ModelError(f"{path}: {inside}{name} is {_shown(value)}; {_range(value, most)}")
+    for name, kinds, what in _KINDS:
+        if not isinstance(config.get(name), (*kinds, NoneType)):
+            raise ModelError(f"{path}: {inside}{name} is {_shown(config[name])}; it must be {what}")
+    _check_rotation(config, f"{path}: {inside}rope_scaling")
     width, heads, key_value_heads = (_first(config, names) for names in (_WIDTH, _HEADS, _KEY_VALUE_HEADS))
-    if width is None or heads is None:
+    if not isinstance(width, int) or not isinstance(heads, int):
         return  # the class's own defaults decide
     if width % heads and not any(config.get(name) for name in _HEAD_WIDTH):
         raise ModelError(
             f"{path}: hidden_size {width} is no multiple of num_attention_heads {heads}, and no head_dim is given"
         )
-    if type(key_value_heads) is int and (key_value_heads < 1 or heads % key_value_heads):
+    if isinstance(key_value_heads, int) and heads % key_value_heads:
         raise ModelError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {key_value_heads}")
+
+
+def _check_rotation(config: Mapping[str, Any], place: str) -> None:
+    """Raise ModelError for a well-known way of scaling positions that lacks one of its numbers."""
+    rotation = config.get("rope_scaling") or {}
+    kind = rotation.get("rope_type", rotation.get("type"))
+    for name in ROTATIONS.get(kind, ()) if isinstance(kind, str) else ():
+        if type(rotation.get(name)) not in (int, float):
+            raise ModelError(f"{place}: the type {kind} needs a number as `{name}`; write it there")
+
+
+def _range(value: object, most: int) -> str:
+    return (
+        f"it must be at most {most:,}" if type(value) is int and value > most else "it must be a whole number above 0"
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:
