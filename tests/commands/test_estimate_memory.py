@@ -336,6 +336,43 @@ def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"head_dim": 7}, "RoPE requires an even rotary dimension, but got `head_dim`=7"),
+        ({"layer_types": ["full_attention"]}, "`num_hidden_layers` (4) must be equal to the number of `layer_types`"),
+        ({"intermediate_size": None}, "Field 'intermediate_size' expected int, got NoneType"),
+        ({"tie_word_embeddings": None}, "Field 'tie_word_embeddings' expected bool, got NoneType"),
+        ({"hidden_act": "nonsense"}, "no model can be built: `hidden_act` is 'nonsense', which transformers does not "),
+        (
+            {"rope_scaling": {"type": "nonsense"}},
+            "no model can be built: `type` is 'nonsense', which transformers",
+        ),
+        ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of class names, as ["),
+        ({"architectures": [1]}, "`architectures` must be a list of class names, as ["),
+    ],
+)
+def test_what_transformers_says_of_a_config_is_told_whole_with_its_file(
+    tmp_path: Path, changes: dict[str, Any], line: str, capsys: Said
+) -> None:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert run(["estimate-memory", "--model", str(tmp_path)]) == 4
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {tmp_path}/config.json: {line}")
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert len(said.err.replace(str(tmp_path), "")) <= 200
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
         ([], 2, "give a RECIPE or --model NAME; see `trainkit estimate-memory --help`"),

@@ -64,11 +64,15 @@ class KnownModel:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model by its config.json: the name to show, the file's content, and where it comes from, as a clause."""
+    """A model by its config.json: the name to show, the file's content, and where it comes from, as a clause.
+
+    ``place`` is what an error calls the configuration: the file's path.
+    """
 
     name: str
     config: Mapping[str, Any]
     source: str
+    place: str
 
     @property
     def text_config(self) -> Mapping[str, Any]:
@@ -132,13 +136,13 @@ def model_facts(model: Model) -> ModelFacts:
         path = locate_model(model).folder / CONFIG_FILE
         source = "which ships with trainkit" if name in SHIPPED_NAMES else f"from its {CONFIG_FILE}"
     elif known := known_model(name):
-        return ModelFacts(known.name, known.config, "from the table of known models")
+        return ModelFacts(known.name, known.config, "from the table of known models", f"model.name: {known.name}")
     elif name.count("/") != 1 or looks_like_path(name) or expanded(name).exists():
         raise _unknown(name)
     else:
         path = download_config(name, model.revision)
         source = f"from its {CONFIG_FILE}, downloaded"
-    facts = ModelFacts(name, read_config(path.parent), source)
+    facts = ModelFacts(name, read_config(path.parent), source, str(path))
     if not _surely_causal(facts.config):
         check_architecture(path, facts.config)  # takes a second: it asks transformers
     _check_numbers(facts, path)

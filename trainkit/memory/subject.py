@@ -65,7 +65,14 @@ class Subject:
 
     def scenario(self) -> Scenario:
         """The recipe's step; one row where the recipe leaves the micro-batch to the memory."""
-        return scenario_of(self.recipe, self.facts.config, device=self.device, gpus=self.gpus, shard=self.shard)
+        return scenario_of(
+            self.recipe,
+            self.facts.config,
+            device=self.device,
+            gpus=self.gpus,
+            shard=self.shard,
+            place=self.facts.place,
+        )
 
 
 def check_request(request: Request) -> None:
