@@ -147,6 +147,17 @@ def test_options_change_a_recipe_file(engine: StandIn, estimated: Estimated) -> 
     assert asked.config["model_type"] == "qwen3"
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama-3.1-8b"])
+def test_what_set_says_of_the_rows_decides_the_tokens_of_a_step(
+    engine: StandIn, estimated: Estimated, model: str
+) -> None:
+    rows = ["--set", "packing.sequence_length=511", "--set", "training.micro_batch_size=3"]
+    for options in ([], ["--sequence-length", "512", "--micro-batch-size", "2"]):
+        estimated("--model", model, *options, *rows)
+        asked = engine.asked[-1]
+        assert (asked.sequence_length, asked.micro_batch_size, asked.micro_batches) == (511, 3, 42)
+
+
 def test_auto_takes_the_largest_micro_batch_that_fits_and_divides_the_step(
     engine: StandIn, estimated: Estimated
 ) -> None:
@@ -379,6 +390,8 @@ def test_what_transformers_says_of_a_config_is_told_whole_with_its_file(
         (["--model", "lama-70b"], 4, "model.name: no model `lama-70b` is known; near: llama-70b, "),
         (["--model", "./nowhere"], 4, "model.name: no model `./nowhere` is known; "),
         (["--model", "gpt2", "--sequence-length", "2048"], 4, "packing.sequence_length: 2,048 is beyond the 1,024 "),
+        (["--model", ""], 2, "model.name: is empty; give a known model"),
+        (["--model", "gpt2", "--set", "packing.sequence_length=0"], 2, "--set packing.sequence_length: "),
         (["--model", "gpt2", "--memory", "24"], 2, "--memory: 24 has no unit; write 24GiB"),
         (["--model", "gpt2", "--memory", "much"], 2, "--memory: `much` is no amount of memory"),
         (["--model", "gpt2", "--gpu", "h10"], 2, "--gpu: `h10` is not known; near: h100"),

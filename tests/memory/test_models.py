@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainkit.errors import ModelError
+from trainkit.errors import ModelError, UsageError
 from trainkit.memory.models import KnownModel, check_sequence_length, known_model, known_models, model_facts
 from trainkit.recipe.schema import Model
 
@@ -107,7 +107,7 @@ def test_the_positions_of_a_multimodal_model_are_those_of_its_text_part(tmp_path
 def test_rows_beyond_the_positions_are_refused() -> None:
     facts = model_facts(Model(name="gpt2"))
     check_sequence_length(facts, 1024)
-    with pytest.raises(ModelError, match=r"2,048 is beyond the 1,024 positions of gpt2"):
+    with pytest.raises(ModelError, match=r"2,048 is beyond the 1,024 positions of gpt2 \(n_positions\); set"):
         check_sequence_length(facts, 2048)
 
 
@@ -195,6 +195,19 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
         model_facts(Model(name=str(tmp_path)))
     with pytest.raises(ModelError, match="is a file; give the folder"):
         model_facts(Model(name=str(tmp_path / "config.json")))
+
+
+def test_a_folder_that_hides_a_known_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-3.1-8b").mkdir()
+    with pytest.raises(ModelError, match=r"the folder llama-3\.1-8b hides the known model of that name, and holds no"):
+        model_facts(Model(name="llama-3.1-8b"))
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.name: is empty; give a known model"):
+        model_facts(Model(name=name))
 
 
 def test_of_a_hub_id_only_the_config_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

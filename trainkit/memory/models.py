@@ -12,7 +12,7 @@ from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from trainkit.errors import ModelError
+from trainkit.errors import ModelError, UsageError
 from trainkit.memory.families import ROTATIONS
 from trainkit.memory.tables import configs_folder, near_names, plain_name, read_table
 from trainkit.model.checking import CONFIG_FILE, check_architecture, read_config
@@ -83,8 +83,13 @@ class ModelFacts:
     @property
     def positions(self) -> int | None:
         """The longest row that the model has positions for; None where its configuration sets no bound."""
-        found = _first(self.text_config, _POSITIONS)
+        found = self.text_config.get(self.positions_key)
         return found if isinstance(found, int) else None
+
+    @property
+    def positions_key(self) -> str:
+        """What the configuration calls its positions."""
+        return next((key for key in _POSITIONS if key in self.text_config), _POSITIONS[0])
 
 
 @cache
@@ -129,12 +134,19 @@ def model_facts(model: Model) -> ModelFacts:
     """What ``model.name`` of a recipe stands for: the shipped model, a folder, a model of the table, or a hub id.
 
     Of a folder, config.json is all that must be there; of a hub id, it is all that is downloaded. Raises ModelError for
-    what cannot be found, read or trained.
+    what cannot be found, read or trained, and UsageError for an empty name.
     """
     name = model.name
+    if not name.strip():
+        raise UsageError("model.name: is empty; give a known model, a folder with config.json or a hub id")
     if name in SHIPPED_NAMES or expanded(name).is_dir():
         path = locate_model(model).folder / CONFIG_FILE
         source = "which ships with trainkit" if name in SHIPPED_NAMES else f"from its {CONFIG_FILE}"
+        if not path.is_file() and known_model(name):
+            raise ModelError(
+                f"model.name: the folder {name} hides the known model of that name, and holds no {CONFIG_FILE}; rename "
+                "the folder, or run in another one"
+            )
     elif known := known_model(name):
         return ModelFacts(known.name, known.config, "from the table of known models", f"model.name: {known.name}")
     elif name.count("/") != 1 or looks_like_path(name) or expanded(name).exists():
@@ -155,7 +167,7 @@ def check_sequence_length(facts: ModelFacts, sequence_length: int) -> None:
     if positions is not None and sequence_length > positions:
         raise ModelError(
             f"packing.sequence_length: {sequence_length:,} is beyond the {positions:,} positions of {facts.name} "
-            f"(max_position_embeddings); set it to {positions} or less"
+            f"({facts.positions_key}); set it to {positions} or less"
         )
 
 

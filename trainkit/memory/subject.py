@@ -155,6 +155,8 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     """The options as keys of a recipe. Without a file they are the whole recipe, of data that is never read."""
     flags = []
     length = request.sequence_length
+    if request.recipe is None or length is not None:  # --set goes before both
+        length = _overridden(request, "packing.sequence_length") or length
     if request.recipe is None:
         longest = facts.positions if facts and facts.positions else None
         default = Packing().sequence_length
@@ -184,9 +186,20 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     return flags
 
 
+def _overridden(request: Request, key: str) -> int | None:
+    """The whole number above 0 that ``--set`` gives a key; None where it gives none, or what the reader will refuse."""
+    found = None
+    for override in request.overrides:
+        name, _, value = override.partition("=")
+        if name.strip() == key:
+            found = int(value) if value.strip().isdecimal() else None
+    return found or None
+
+
 def _tokens_per_step(request: Request, length: int | None) -> Flag:
     """About as many tokens in a step as the recipe says (or its default), in whole micro-batches."""
-    tokens, rows = Training.tokens_per_step, request.micro_batch_size or 1
+    rows = _overridden(request, "training.micro_batch_size") or request.micro_batch_size or 1
+    tokens = Training.tokens_per_step
     if request.recipe is not None:
         written = read_recipe(request.recipe, request.overrides).recipe
         tokens, length = written.training.tokens_per_step, length or written.packing.sequence_length
