@@ -448,7 +448,9 @@ def run(arguments: Sequence[str]) -> int:
         code = _invoke([argument for argument in arguments if argument != "--debug"], session)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        return _say(error, ["interrupted before there was anything to save"], EXIT_CTRL_C, session)
+        # A command with no run folder leaves nothing, so that there is nothing to say of it.
+        line = "interrupted" if session.run_folder is None else "interrupted before there was anything to save"
+        return _say(error, [line], EXIT_CTRL_C, session)
     except Exception as error:
         return _failed(error, session)
     return code
