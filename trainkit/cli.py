@@ -7,6 +7,7 @@ says where. Results go to stdout. Heavy libraries are imported by the commands, 
 import contextlib
 import errno
 import os
+import re
 import select
 import sys
 import tempfile
@@ -298,7 +299,8 @@ def estimate_memory_command(
         int | None, typer.Option("--sequence-length", metavar="N", min=8, help="Tokens in a row.")
     ] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option("--micro-batch-size", metavar="N", min=1, help="Rows in a forward pass.")
+        str | None,
+        typer.Option("--micro-batch-size", metavar="N", help="Rows in a forward pass; auto: as many as fit."),
     ] = None,
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Recompute activations in the backward pass.")
@@ -343,7 +345,8 @@ def estimate_memory_command(
         adapter=adapter.value if adapter else None,
         precision=precision,
         sequence_length=sequence_length,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=_rows(micro_batch_size),
+        auto_micro_batch=micro_batch_size == "auto",
         activation_checkpointing=activation_checkpointing,
         optimizer=optimizer,
         gpus=gpus,
@@ -413,6 +416,15 @@ def export_command(
     from trainkit.commands.export import export
 
     export(run, trust=trust, merge=merge, output=output, json_output=json_output)
+
+
+def _rows(text: str | None) -> int | None:
+    """The number of rows that ``--micro-batch-size`` gives; None for none, and for ``auto``. Raises UsageError."""
+    if text is None or text == "auto":
+        return None
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
+        raise UsageError(f"--micro-batch-size: expected a whole number above 0, or `auto`; got `{text[:40]}`")
+    return int(text)
 
 
 def _session(context: typer.Context) -> Session:

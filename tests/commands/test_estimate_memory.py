@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,6 +164,9 @@ def test_auto_takes_the_largest_micro_batch_that_fits_and_divides_the_step(
 ) -> None:
     auto = ["recipe.yaml", "--set", "training.micro_batch_size=auto"]
     assert estimated(*auto)["micro_batch_size"] == 1
+    assert estimated("recipe.yaml", "--micro-batch-size", "auto", "--memory", "24GiB")["micro_batch_size"] == 4
+    known = ["--model", "llama-3.1-8b", "--adapter", "lora", "--memory", "24GiB"]
+    assert estimated(*known, "--micro-batch-size", "auto")["micro_batch_size"] == 2
     assert estimated(*auto, "--memory", "24GiB")["micro_batch_size"] == 4  # of the 5 that fit, 8 rows a step
     assert estimated(*auto, "--memory", "12GiB", code=5)["max_micro_batch_size"] == 0
 
@@ -276,7 +280,19 @@ def test_the_textbooks_figures_to_the_digit(capsys: Said) -> None:
     assert "1043.08 GiB" in rows[1]
     assert "1043.08 GiB" in rows[2]
     assert "= 1120 GB" in said
+    assert "1043.08 GiB and 1120 GB are one amount." in said
     assert table
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_units_are_explained_by_the_tables_own_figures(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "gpt2", "--view", "textbook"]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"GB is 10\^9: ([0-9.]+ GiB) and ([0-9.]+ GB) are one amount\.", said)
+    assert found is not None
+    table = said.partition("GiB is 2^30")[0]
+    assert found[1] in table
+    assert f"= {found[2]}" in table
 
 
 def test_the_textbook_as_json(estimated: Estimated) -> None:
@@ -432,7 +448,17 @@ def test_what_transformers_says_of_a_config_is_told_whole_with_its_file(
         (["--fits", "24GiB", "--view", "textbook"], 2, "--view: textbook counts parameters alone, so --fits has no pl"),
         (["--model", "gpt2", "--view", "novel"], 2, "Invalid value for '--view'"),
         (["--model", "gpt2", "--adapter", "dora"], 2, "Invalid value for '--adapter'"),
-        (["--model", "gpt2", "--micro-batch-size", "0"], 2, "Invalid value for '--micro-batch-size'"),
+        *(
+            (
+                ["--model", "gpt2", "--micro-batch-size", rows],
+                2,
+                "--micro-batch-size: expected a whole number above 0, ",
+            )
+            for rows in ("0", "-1", "two", "1.5", "", "9" * 5000)
+        ),
+        (["--model", "gpt2", "--plot", "/proc/a.png"], 2, "--plot: /proc takes no file ("),
+        (["--model", "gpt2", "--plot", "nodir/a.png"], 2, "--plot: nodir is no folder; create it first"),
+        (["--model", "gpt2", "--memory", "24G"], 2, "--memory: 24G may be one of two units; write 24GiB"),
     ],
 )
 @pytest.mark.usefixtures("engine")

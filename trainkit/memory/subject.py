@@ -5,6 +5,7 @@ The options are short for keys of a recipe and are read by its reader, so that t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +31,10 @@ _WITH_TEXTBOOK = {"RECIPE", "--model", "--set", "--view"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line asks; None and False where it says nothing."""
+    """What the command line asks; None and False where it says nothing.
+
+    ``auto_micro_batch`` is ``--micro-batch-size auto``, in place of a number.
+    """
 
     recipe: str | None = None
     overrides: Sequence[str] = ()
@@ -39,6 +43,7 @@ class Request:
     precision: str | None = None
     sequence_length: int | None = None
     micro_batch_size: int | None = None
+    auto_micro_batch: bool = False
     activation_checkpointing: bool = False
     optimizer: str | None = None
     gpus: int = 1
@@ -96,7 +101,7 @@ def check_request(request: Request) -> None:
 
 def _given(request: Request) -> set[str]:
     """The arguments and options that the command line names, by their names there."""
-    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view"}
+    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view", "auto_micro_batch": "--micro-batch-size"}
     return {
         named.get(option.name, f"--{option.name.replace('_', '-')}")
         for option in fields(request)
@@ -163,11 +168,11 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
         length = length or (min(default, longest) if longest else default)
         for key, value in (("data.train", "data.jsonl"), ("training.steps", "1"), ("output_dir", "runs/estimate")):
             flags.append(Flag("--model", key, value))
-        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size or 1)))
         overlap = min(Packing().overlap, length // 2)
         flags.append(Flag("--sequence-length", "packing.overlap", str(overlap)))
-    elif request.micro_batch_size is not None:
-        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size)))
+    rows = "auto" if request.auto_micro_batch else request.micro_batch_size
+    if rows is not None or request.recipe is None:
+        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(rows or 1)))
     if request.model is not None:
         flags.append(Flag("--model", "model.name", text_as_yaml(request.model)))
     if length is not None:
@@ -192,8 +197,8 @@ def _overridden(request: Request, key: str) -> int | None:
     for override in request.overrides:
         name, _, value = override.partition("=")
         if name.strip() == key:
-            found = int(value) if value.strip().isdecimal() else None
-    return found or None
+            found = int(value) if re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", value) else None
+    return found
 
 
 def _tokens_per_step(request: Request, length: int | None) -> Flag:
@@ -203,7 +208,11 @@ def _tokens_per_step(request: Request, length: int | None) -> Flag:
     if request.recipe is not None:
         written = read_recipe(request.recipe, request.overrides).recipe
         tokens, length = written.training.tokens_per_step, length or written.packing.sequence_length
-        if request.micro_batch_size is None and written.training.micro_batch_size != "auto":
+        if (
+            request.micro_batch_size is None
+            and not request.auto_micro_batch
+            and written.training.micro_batch_size != "auto"
+        ):
             rows = written.training.micro_batch_size
     pass_tokens = rows * request.gpus * (length or Packing().sequence_length)  # one micro-batch on every GPU
     return Flag("--sequence-length", "training.tokens_per_step", str(max(1, tokens // pass_tokens) * pass_tokens))
