@@ -290,6 +290,20 @@ def test_ctrl_c_before_a_run_has_state(fails: Any, capsys: Said) -> None:
     assert only_line(capsys) == "error: interrupted before there was anything to save\n"
 
 
+@pytest.mark.parametrize("command", [["show", "recipe.yaml"], ["estimate-memory", "--model", "gpt2"]])
+def test_ctrl_c_in_a_command_that_saves_nothing(
+    folder: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    def interrupted(*_given: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainkit.commands.show.show", interrupted)
+    monkeypatch.setattr("trainkit.commands.estimate_memory.estimate_memory", interrupted)
+    assert (folder / "recipe.yaml").is_file()
+    assert run(command) == 130
+    assert only_line(capsys) == "error: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [

@@ -7,6 +7,7 @@ says where. Results go to stdout. Heavy libraries are imported by the commands, 
 import contextlib
 import errno
 import os
+import re
 import select
 import sys
 import tempfile
@@ -30,8 +31,9 @@ from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
 from trainkit.recipe.schema import Packing
 from trainkit.recipe.secrets import holds_secret, without_secrets
 from trainkit.run_folder import DISK_FULL, RunFolder
+from trainkit.signals import EXIT_CTRL_C, said_of
 
-EXIT_BUG, EXIT_USAGE, EXIT_MODEL, EXIT_MACHINE, EXIT_CTRL_C = 1, 2, 4, 5, 130
+EXIT_BUG, EXIT_USAGE, EXIT_MODEL, EXIT_MACHINE = 1, 2, 4, 5
 DISK_REFUSES = frozenset({errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 
 app = typer.Typer(
@@ -298,7 +300,8 @@ def estimate_memory_command(
         int | None, typer.Option("--sequence-length", metavar="N", min=8, help="Tokens in a row.")
     ] = None,
     micro_batch_size: Annotated[
-        int | None, typer.Option("--micro-batch-size", metavar="N", min=1, help="Rows in a forward pass.")
+        str | None,
+        typer.Option("--micro-batch-size", metavar="N", help="Rows in a forward pass; auto: as many as fit."),
     ] = None,
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Recompute activations in the backward pass.")
@@ -343,7 +346,8 @@ def estimate_memory_command(
         adapter=adapter.value if adapter else None,
         precision=precision,
         sequence_length=sequence_length,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=_rows(micro_batch_size),
+        auto_micro_batch=micro_batch_size == "auto",
         activation_checkpointing=activation_checkpointing,
         optimizer=optimizer,
         gpus=gpus,
@@ -415,6 +419,15 @@ def export_command(
     export(run, trust=trust, merge=merge, output=output, json_output=json_output)
 
 
+def _rows(text: str | None) -> int | None:
+    """The number of rows that ``--micro-batch-size`` gives; None for none, and for ``auto``. Raises UsageError."""
+    if text is None or text == "auto":
+        return None
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
+        raise UsageError(f"--micro-batch-size: expected a whole number above 0, or `auto`; got `{text[:40]}`")
+    return int(text)
+
+
 def _session(context: typer.Context) -> Session:
     session = context.obj
     assert isinstance(session, Session)
@@ -448,7 +461,11 @@ def run(arguments: Sequence[str]) -> int:
         code = _invoke([argument for argument in arguments if argument != "--debug"], session)
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        return _say(error, ["interrupted before there was anything to save"], EXIT_CTRL_C, session)
+        received, code = said_of(error)
+        line = "interrupted" if code == EXIT_CTRL_C else f"interrupted ({received.name})"
+        # A command with no run folder leaves nothing, so that there is nothing to say of it.
+        more = "" if session.run_folder is None else " before there was anything to save"
+        return _say(error, [line + more], code, session)
     except Exception as error:
         return _failed(error, session)
     return code

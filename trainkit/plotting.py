@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import tempfile
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ DOTS_PER_INCH = 150
 
 
 def check_plot_path(path: Path) -> None:
-    """Raise UsageError for a suffix that says no format, MachineError where matplotlib is missing; before any work."""
+    """Raise UsageError for a suffix that says no format and for a folder that takes no file, before any work.
+
+    MachineError where matplotlib is missing.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--plot: {path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if find_spec("matplotlib") is None:
@@ -32,6 +36,11 @@ def check_plot_path(path: Path) -> None:
             if path.is_dir()
             else f"--plot: {path.parent} is no folder; create it first"
         )
+    try:  # whether a folder takes a file, only trying tells: permissions are not all that there is
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"--plot: {path.parent} takes no file ({error.strerror}); name another folder") from error
 
 
 def new_figure(width_inches: float, height_inches: float) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,11 +148,25 @@ def test_options_change_a_recipe_file(engine: StandIn, estimated: Estimated) -> 
     assert asked.config["model_type"] == "qwen3"
 
 
+@pytest.mark.parametrize("model", ["gpt2", "llama-3.1-8b"])
+def test_what_set_says_of_the_rows_decides_the_tokens_of_a_step(
+    engine: StandIn, estimated: Estimated, model: str
+) -> None:
+    rows = ["--set", "packing.sequence_length=511", "--set", "training.micro_batch_size=3"]
+    for options in ([], ["--sequence-length", "512", "--micro-batch-size", "2"]):
+        estimated("--model", model, *options, *rows)
+        asked = engine.asked[-1]
+        assert (asked.sequence_length, asked.micro_batch_size, asked.micro_batches) == (511, 3, 42)
+
+
 def test_auto_takes_the_largest_micro_batch_that_fits_and_divides_the_step(
     engine: StandIn, estimated: Estimated
 ) -> None:
     auto = ["recipe.yaml", "--set", "training.micro_batch_size=auto"]
     assert estimated(*auto)["micro_batch_size"] == 1
+    assert estimated("recipe.yaml", "--micro-batch-size", "auto", "--memory", "24GiB")["micro_batch_size"] == 4
+    known = ["--model", "llama-3.1-8b", "--adapter", "lora", "--memory", "24GiB"]
+    assert estimated(*known, "--micro-batch-size", "auto")["micro_batch_size"] == 2
     assert estimated(*auto, "--memory", "24GiB")["micro_batch_size"] == 4  # of the 5 that fit, 8 rows a step
     assert estimated(*auto, "--memory", "12GiB", code=5)["max_micro_batch_size"] == 0
 
@@ -317,7 +332,19 @@ def test_the_textbooks_figures_to_the_digit(capsys: Said) -> None:
     assert "1043.08 GiB" in rows[1]
     assert "1043.08 GiB" in rows[2]
     assert "= 1120 GB" in said
+    assert "1043.08 GiB and 1120 GB are one amount." in said
     assert table
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_units_are_explained_by_the_tables_own_figures(capsys: Said) -> None:
+    assert run(["estimate-memory", "--model", "gpt2", "--view", "textbook"]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"GB is 10\^9: ([0-9.]+ GiB) and ([0-9.]+ GB) are one amount\.", said)
+    assert found is not None
+    table = said.partition("GiB is 2^30")[0]
+    assert found[1] in table
+    assert f"= {found[2]}" in table
 
 
 def test_the_textbook_as_json(estimated: Estimated) -> None:
@@ -388,12 +415,51 @@ def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"head_dim": 7}, "RoPE requires an even rotary dimension, but got `head_dim`=7"),
+        ({"layer_types": ["full_attention"]}, "`num_hidden_layers` (4) must be equal to the number of `layer_types`"),
+        ({"intermediate_size": None}, "Field 'intermediate_size' expected int, got NoneType"),
+        ({"tie_word_embeddings": None}, "Field 'tie_word_embeddings' expected bool, got NoneType"),
+        ({"hidden_act": "nonsense"}, "no model can be built: `hidden_act` is 'nonsense', which transformers does not "),
+        (
+            {"rope_scaling": {"type": "nonsense"}},
+            "no model can be built: `type` is 'nonsense', which transformers",
+        ),
+        ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of class names, as ["),
+        ({"architectures": [1]}, "`architectures` must be a list of class names, as ["),
+    ],
+)
+def test_what_transformers_says_of_a_config_is_told_whole_with_its_file(
+    tmp_path: Path, changes: dict[str, Any], line: str, capsys: Said
+) -> None:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert run(["estimate-memory", "--model", str(tmp_path)]) == 4
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {tmp_path}/config.json: {line}")
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert len(said.err.replace(str(tmp_path), "")) <= 200
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
         ([], 2, "give a RECIPE or --model NAME; see `trainkit estimate-memory --help`"),
         (["--model", "lama-70b"], 4, "model.name: no model `lama-70b` is known; near: llama-70b, "),
         (["--model", "./nowhere"], 4, "model.name: no model `./nowhere` is known; "),
         (["--model", "gpt2", "--sequence-length", "2048"], 4, "packing.sequence_length: 2,048 is beyond the 1,024 "),
+        (["--model", ""], 2, "model.name: is empty; give a known model"),
+        (["--model", "gpt2", "--set", "packing.sequence_length=0"], 2, "--set packing.sequence_length: "),
         (["--model", "gpt2", "--memory", "24"], 2, "--memory: 24 has no unit; write 24GiB"),
         (["--model", "gpt2", "--memory", "much"], 2, "--memory: `much` is no amount of memory"),
         (["--model", "gpt2", "--gpu", "h10"], 2, "--gpu: `h10` is not known; near: h100"),
@@ -447,7 +513,17 @@ def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
         (["--fits", "24GiB", "--view", "textbook"], 2, "--view: textbook counts parameters alone, so --fits has no pl"),
         (["--model", "gpt2", "--view", "novel"], 2, "Invalid value for '--view'"),
         (["--model", "gpt2", "--adapter", "dora"], 2, "Invalid value for '--adapter'"),
-        (["--model", "gpt2", "--micro-batch-size", "0"], 2, "Invalid value for '--micro-batch-size'"),
+        *(
+            (
+                ["--model", "gpt2", "--micro-batch-size", rows],
+                2,
+                "--micro-batch-size: expected a whole number above 0, ",
+            )
+            for rows in ("0", "-1", "two", "1.5", "", "9" * 5000)
+        ),
+        (["--model", "gpt2", "--plot", "/proc/a.png"], 2, "--plot: /proc takes no file ("),
+        (["--model", "gpt2", "--plot", "nodir/a.png"], 2, "--plot: nodir is no folder; create it first"),
+        (["--model", "gpt2", "--memory", "24G"], 2, "--memory: 24G may be one of two units; write 24GiB"),
     ],
 )
 @pytest.mark.usefixtures("engine")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainkit.errors import ModelError
+from trainkit.errors import ModelError, UsageError
 from trainkit.memory.models import KnownModel, check_sequence_length, known_model, known_models, model_facts
 from trainkit.recipe.schema import Model
 
@@ -107,7 +107,7 @@ def test_the_positions_of_a_multimodal_model_are_those_of_its_text_part(tmp_path
 def test_rows_beyond_the_positions_are_refused() -> None:
     facts = model_facts(Model(name="gpt2"))
     check_sequence_length(facts, 1024)
-    with pytest.raises(ModelError, match=r"2,048 is beyond the 1,024 positions of gpt2"):
+    with pytest.raises(ModelError, match=r"2,048 is beyond the 1,024 positions of gpt2 \(n_positions\); set"):
         check_sequence_length(facts, 2048)
 
 
@@ -128,6 +128,31 @@ def test_an_unknown_name_lists_the_near_ones(name: str) -> None:
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number above 0"),
         ({"num_hidden_layers": -2}, "num_hidden_layers is -2; it must be"),
         ({"vocab_size": "many"}, "vocab_size is 'many'; it must be"),
+        ({"vocab_size": 10**15}, "vocab_size is 1000000000000000; it must be at most 2,147,483,647"),
+        ({"hidden_size": 10**9}, "hidden_size is 1000000000; it must be at most 1,048,576"),
+        ({"intermediate_size": -5}, "intermediate_size is -5; it must be a whole number above 0"),
+        ({"intermediate_size": 0}, "intermediate_size is 0; it must be"),
+        ({"intermediate_size": "512"}, "intermediate_size is '512'; it must be"),
+        ({"intermediate_size": True}, "intermediate_size is True; it must be"),
+        ({"head_dim": -64}, "head_dim is -64; it must be"),
+        ({"head_dim": "64"}, "head_dim is '64'; it must be"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; it must be"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; it must be an object"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: the type linear needs a number as `factor`"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling: the type linear needs a number as"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+        ({"sliding_window": "128"}, "sliding_window is '128'; it must be a whole number or null"),
+        ({"max_position_embeddings": "2048"}, "max_position_embeddings is '2048'; it must be"),
+        ({"max_position_embeddings": 2048.0}, r"max_position_embeddings is 2048\.0; it must be"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; it must be"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; it must be"),
+        ({"model_type": "gpt2", "n_embd": 0}, "n_embd is 0; it must be"),
+        ({"model_type": "gpt2", "n_inner": 0}, "n_inner is 0; it must be"),
+        ({"model_type": "gpt2", "n_positions": -1}, "n_positions is -1; it must be"),
+        ({"text_config": {"hidden_size": 0}}, r"text_config\.hidden_size is 0; it must be"),
+        ({"hidden_size": "9" * 300}, "hidden_size is '9{38}…; it must be"),
         ({"model_type": None}, "no `model_type`"),
         ({"model_type": "lama"}, "does not know model_type `lama`; did you mean `llama`?"),
         (
@@ -146,6 +171,20 @@ def test_a_config_that_is_no_model_is_refused(tmp_path: Path, changes: dict[str,
         model_facts(Model(name=str(tmp_path)))
     assert str(caught.value).startswith(f"{tmp_path}/config.json: ")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(tmp_path), "")) <= 200
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({key: None} for key in ("num_key_value_heads", "head_dim", "rope_scaling", "sliding_window", "n_inner")),
+        *({key: None} for key in ("max_position_embeddings", "tie_word_embeddings", "intermediate_size")),
+        {"intermediate_size": [128, 128], "num_key_value_heads": [2, 2], "sliding_window": -1},
+    ],
+)
+def test_null_and_lists_are_for_the_class_to_judge(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    assert model_facts(Model(name=str(tmp_path))).config == LLAMA | changes
 
 
 def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
@@ -156,6 +195,19 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
         model_facts(Model(name=str(tmp_path)))
     with pytest.raises(ModelError, match="is a file; give the folder"):
         model_facts(Model(name=str(tmp_path / "config.json")))
+
+
+def test_a_folder_that_hides_a_known_model_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-3.1-8b").mkdir()
+    with pytest.raises(ModelError, match=r"the folder llama-3\.1-8b hides the known model of that name, and holds no"):
+        model_facts(Model(name="llama-3.1-8b"))
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.name: is empty; give a known model"):
+        model_facts(Model(name=name))
 
 
 def test_of_a_hub_id_only_the_config_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import trainkit.memory
-from trainkit.memory import quick
+from trainkit.memory import families, quick
 from trainkit.memory.estimate import estimate, quick_peak_bytes
 from trainkit.memory.families import FAMILIES, family_of
 from trainkit.memory.models import known_models
@@ -203,6 +204,21 @@ def test_the_loss_is_cut_as_the_run_cuts_it() -> None:
         replace(FULL, config={**LLAMA, "hidden_act": "gelu"}),
         replace(FULL, config={**LLAMA, "rope_scaling": {"rope_type": "longrope"}}),
         replace(FULL, config={**LLAMA, "num_hidden_layers": 3}),
+        replace(FULL, config={**LLAMA, "intermediate_size": 0}),
+        replace(FULL, config={**LLAMA, "head_dim": "64"}),
+        replace(FULL, config={**LLAMA, "num_key_value_heads": "2"}),
+        replace(FULL, config={**LLAMA, "rope_scaling": "linear"}),
+        replace(FULL, config={**LLAMA, "rope_scaling": {"type": "linear"}}),
+        replace(FULL, config={**LLAMA, "rope_scaling": {"type": ["linear"]}}),
+        replace(FULL, config={**LLAMA, "tie_word_embeddings": "yes"}),
+        replace(FULL, config={**LLAMA, "tie_word_embeddings": None}),
+        replace(FULL, config={**LLAMA, "sliding_window": "128"}),
+        replace(FULL, config={**LLAMA, "attention_bias": 0}),
+        replace(FULL, config={**LLAMA, "hidden_size": 260}),
+        replace(FULL, config={**LLAMA, "rms_norm_eps": "small"}),
+        replace(FULL, config={**LLAMA, "pad_token_id": 32000}),
+        replace(FULL, config={key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}),
+        replace(FULL, config={**known_models()["gpt2"].config, "max_position_embeddings": 2048}),
         replace(FULL, config={**LLAMA, "head_dim": 36}),
         replace(FULL, config={**QWEN2, "use_sliding_window": True}),
         replace(FULL, config={**QWEN3, "layer_types": ["sliding_attention"] * 6}),
@@ -224,6 +240,43 @@ def test_what_was_not_recorded_is_left_to_the_trace(changed: Scenario) -> None:
     assert covers(FULL)
     assert not covers(changed)
     assert quick_peak_bytes(changed) is None
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2.0, "x", "1", [], [1], {}, 10**6, {"type": ["linear"]}, {"type": "linear"}),
+    *({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": "2"}, {"partial_rotary_factor": True}),
+    {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "linear", "factor": 8.0}},
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-3.1-8b", "mistral-7b-v0.3", "gpt2-xl"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2.5-7b", "qwen3-8b", *FAMILY_MODELS.values())),
+    ],
+)
+def test_what_the_formula_answers_is_a_model_that_can_be_built(name: str) -> None:
+    """One value after the other is made odd; a configuration that its class refuses is none of the formula's."""
+    from trainkit.memory.fake_model import _on_meta, parse_config
+
+    config = with_few_layers(name)
+    family = family_of(config)
+    assert family is not None
+    keys = {*config, *families._NEUTRAL, *family.settings, *family.cycles, *families._ROTATED_SHARE, *family.keys}
+    keys |= {"head_dim", "rope_scaling", "rope_parameters"}
+    covered = 0
+    for key in (key for key in keys if key not in {None, "model_type", family.keys.layers}):
+        for value in ODD_VALUES:
+            changed = {**config, str(key): value}
+            if family_of(changed) is None:
+                continue
+            covered += 1
+            built = _on_meta(parse_config(changed), torch.bfloat16, None)
+            numbers = sum(parameter.numel() for parameter in built.parameters())
+            scenario = Scenario(config=changed, sequence_length=1024)
+            assert quick.quick_counts(scenario)[0] == numbers, (key, value)
+    assert covered > 50
 
 
 def test_linear_layers_named_one_by_one_are_all_of_them() -> None:

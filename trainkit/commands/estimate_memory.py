@@ -23,7 +23,7 @@ from trainkit.memory.estimate import PARTS, Estimate, estimate, is_quick, quick_
 from trainkit.memory.models import known_models
 from trainkit.memory.sizes import GIB, MIB, gib
 from trainkit.memory.subject import Request, Subject, check_request, device_and_capacity, subject_of
-from trainkit.memory.textbook import LEFT_OUT, Column, columns, lines
+from trainkit.memory.textbook import LEFT_OUT, Column, as_gb, as_gib, columns, lines, units_explained
 from trainkit.memory.timeline import draw_timeline
 from trainkit.memory.verdict import SHARE_TO_FILL, Capacity, context_bytes, process_bytes, verdict
 from trainkit.plotting import check_plot_path, new_figure, save
@@ -249,8 +249,8 @@ def _show_textbook(request: Request, subject: Subject, ask: Question, console: C
     table = lines(counted, lora.trainable_parameters)
     cells = [["parameters", *(f"{column.parameters:,}" for column in counted)]]
     for line in table:
-        cells.append([line.what, *(f"{size / GIB:.2f} GiB" for size in line.sizes_bytes)])
-        cells.append([f"  {line.how}", *(f"= {size / 1e9:.2f} GB".replace(".00 ", " ") for size in line.sizes_bytes)])
+        cells.append([line.what, *map(as_gib, line.sizes_bytes)])
+        cells.append([f"  {line.how}", *(f"= {as_gb(size)}" for size in line.sizes_bytes)])
     width = max(len(cell) for row in cells for cell in row[1:])
     console.table(
         "",
@@ -258,7 +258,7 @@ def _show_textbook(request: Request, subject: Subject, ask: Question, console: C
         [[row[0], *(f"{cell:>{width}}" for cell in row[1:])] for row in cells],
     )
     console.show()
-    for sentence in LEFT_OUT:
+    for sentence in (units_explained(table), *LEFT_OUT):
         console.prose(sentence)
     console.result(
         {

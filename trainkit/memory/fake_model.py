@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from trainkit.errors import ModelError, TrainkitError, first_line
+from trainkit.errors import ModelError, TrainkitError
 from trainkit.memory.event_log import TRACED
 from trainkit.memory.four_bit import FourBitLinear, quantise
 from trainkit.model.adapters import attach_adapter, trained_share
 from trainkit.model.attention import AttentionChoice, choose_attention
+from trainkit.model.checking import CONFIG_FILE, reason_of
 from trainkit.model.loading import quiet_libraries
 from trainkit.model.sharding import decoder_layers
 from trainkit.model.trusted_code import needs_code
@@ -73,25 +74,30 @@ def unit_of(index: int, depth: int, period: int) -> int:
     return max(0, index - depth % period) // period
 
 
-def parse_config(config: Mapping[str, Any]) -> Any:
-    """The transformers configuration of a config.json's content. Raises ModelError where there is no such class."""
+def parse_config(config: Mapping[str, Any], place: str = CONFIG_FILE) -> Any:
+    """The transformers configuration of a config.json's content, which an error says to stand at ``place``.
+
+    Raises ModelError where there is no such class.
+    """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = config.get("model_type")
     if needs_code(config):
-        raise ModelError(f"model_type {kind!r}: needs code of its own (trust_remote_code), which no estimate runs")
+        raise ModelError(
+            f"{place}: model_type {kind!r} needs code of its own (trust_remote_code), which no estimate runs"
+        )
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ModelError(f"config.json: model_type {kind!r} is unknown to this transformers; use another model")
+        raise ModelError(f"{place}: model_type {kind!r} is unknown to this transformers; use another model")
     values = {name: value for name, value in config.items() if name not in {"model_type", "auto_map"}}
     try:
         with quiet_libraries():
             parsed = CONFIG_MAPPING[kind](**values)
     except Exception as error:  # validation differs from class to class
-        raise ModelError(f"config.json of {kind}: {first_line(error, 160)}") from error
+        raise ModelError(f"{place}: {reason_of(error, values)}; restore the file") from error
     if type(parsed) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(parsed.get_text_config()) not in (
         MODEL_FOR_CAUSAL_LM_MAPPING
     ):
-        raise ModelError(f"config.json of {kind}: transformers has no causal language model for it; use another model")
+        raise ModelError(f"{place}: transformers has no causal language model of type {kind}; use another model")
     return parsed
 
 
@@ -100,7 +106,7 @@ def fake_model(scenario: Scenario, *, full_depth: bool, period: int = 1) -> Fake
 
     Raises ModelError where it cannot be built, UsageError for an adapter that does not fit it.
     """
-    whole = parse_config(scenario.config)
+    whole = parse_config(scenario.config, scenario.place)
     depth = whole.get_text_config().num_hidden_layers
     built = depth if full_depth else min(depth, TRACED * period + depth % period)
     device = torch.device(scenario.device.kind)
@@ -108,7 +114,8 @@ def fake_model(scenario: Scenario, *, full_depth: bool, period: int = 1) -> Fake
     stands_in = scenario.attention == "flash_attention_2" and device.type == "cuda"
     requested = "varlen" if stands_in else scenario.attention
     attention = choose_attention(requested, device, whole, capability=scenario.device.capability)
-    model = _adapted(_base_model(scenario, parse_config(_with_layers(scenario.config, built)), attention), scenario)
+    less_deep = parse_config(_with_layers(scenario.config, built), scenario.place)
+    model = _adapted(_base_model(scenario, less_deep, attention), scenario)
     layers = decoder_layers(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
@@ -125,12 +132,12 @@ def unit_of_tensors(model: FakeModel) -> dict[int, int]:
     }
 
 
-def period_of(config: Mapping[str, Any]) -> int | None:
+def period_of(config: Mapping[str, Any], place: str = CONFIG_FILE) -> int | None:
     """After how many layers the same kinds of layers come again: 1 where all are of one kind; None where it is never.
 
     Layers are of one kind that have the same modules, shapes and settings. The first unit may differ from the others.
     """
-    model = _on_meta(parse_config(config), torch.float32, None)
+    model = _on_meta(parse_config(config, place), torch.float32, None, place)
     kinds = [_signature(layer) for layer in decoder_layers(model)]
     for period in range(1, min(_LONGEST_PERIOD, max(1, len(kinds) // TRACED)) + 1):
         first = period + len(kinds) % period
@@ -168,7 +175,7 @@ def _base_model(scenario: Scenario, config: Any, attention: AttentionChoice) -> 
     """The model as trainkit loads it: fp32 where all of it trains, else the type of the frozen weights, or 4 bit."""
     dtype = torch.float32 if scenario.adapter is None else DTYPES[scenario.frozen_storage]
     stock = {"eager": "eager"}.get(attention.name, "sdpa") if scenario.loop == "transformers" else None
-    model = _on_meta(config, dtype, stock)
+    model = _on_meta(config, dtype, stock, scenario.place)
     if scenario.method == "qlora":
         plain = scenario.loop == "trainkit"
         quantise(model, model.get_output_embeddings(), dtype, double_quantisation=plain)
@@ -183,7 +190,7 @@ def _base_model(scenario: Scenario, config: Any, attention: AttentionChoice) -> 
     return model.train()
 
 
-def _on_meta(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
+def _on_meta(config: Any, dtype: torch.dtype, attention: str | None, place: str = CONFIG_FILE) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -195,9 +202,8 @@ def _on_meta(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
     except TrainkitError:
         raise
     except Exception as error:  # whatever a model class makes of a config that does not fit
-        raise ModelError(
-            f"config.json of {config.model_type}: no model can be built: {first_line(error, 160)}"
-        ) from error
+        reason = reason_of(error, config.to_dict())
+        raise ModelError(f"{place}: no model can be built: {reason}; restore the file") from error
     return model
 
 

@@ -7,6 +7,7 @@ or a setting as it was recorded: a key that nobody thought of leaves the model t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainkit.memory.event_log import TRACED
@@ -14,23 +15,34 @@ from trainkit.memory.event_log import TRACED
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Keys that change numbers, or nothing, but no piece of memory.
-_NEUTRAL = frozenset(
-    (
-        *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "pretraining_tp"),
-        *("_name_or_path", "max_position_embeddings", "n_positions", "n_ctx", "original_max_position_embeddings"),
-        *("tie_word_embeddings", "vocab_size", "initializer_range", "rms_norm_eps", "layer_norm_eps", "rope_theta"),
-        *("layer_norm_epsilon", "rotary_emb_base", "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window"),
-        *("cache_implementation", "max_window_layers", "embedding_multiplier", "residual_multiplier"),
-        *("attention_multiplier", "logits_scaling"),
-    )
-)
-_NO_DROPOUT = {"attention_dropout": (0, None), "hidden_dropout": (0,), "resid_pdrop": (0,), "embd_pdrop": (0,)}
+_TEXT: frozenset[type] = frozenset({str, NoneType})
+_INTEGER: frozenset[type] = frozenset({int})
+_NUMBER: frozenset[type] = frozenset({int, float})
+# Keys that change numbers, or nothing, but no piece of memory, and the types of value that every class takes there.
+_NEUTRAL: dict[str, frozenset[type]] = {
+    **dict.fromkeys(("model_type", "transformers_version", "_name_or_path", "cache_implementation"), _TEXT),
+    **dict.fromkeys(("torch_dtype", "dtype"), _TEXT),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "original_max_position_embeddings"), _INTEGER),
+    **dict.fromkeys(("vocab_size", "max_window_layers", "pretraining_tp"), _INTEGER),
+    **dict.fromkeys(("initializer_range", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), frozenset({float})),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base", "embedding_multiplier", "residual_multiplier"), _NUMBER),
+    **dict.fromkeys(("attention_multiplier", "logits_scaling"), _NUMBER),
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "sliding_window"), _INTEGER | {NoneType}),
+    "eos_token_id": frozenset({int, list, NoneType}),
+    "architectures": frozenset({list, NoneType}),
+    "tie_word_embeddings": frozenset({bool}),
+    "use_cache": frozenset({bool}),
+}
+_WORDS = {
+    **dict.fromkeys(("torch_dtype", "dtype"), (None, "float32", "float16", "bfloat16")),
+    "cache_implementation": (None, "static", "hybrid"),
+}
+_NO_DROPOUT = {"attention_dropout": (0,), "hidden_dropout": (0,), "resid_pdrop": (0,), "embd_pdrop": (0,)}
 _PLAIN: dict[str, tuple[object, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
     "hidden_act": ("silu",),
-    "use_sliding_window": (False, None),
+    "use_sliding_window": (False,),
     "quantization_config": (None,),
     "auto_map": (None,),
     **_NO_DROPOUT,
@@ -39,7 +51,21 @@ _EQUAL_LAYERS: dict[str, tuple[object, ...]] = {"layer_types": ("full_attention"
 _GELU = {"hidden_act": ("gelu_pytorch_tanh",), "hidden_activation": ("gelu_pytorch_tanh",)}
 _ROTATED_SHARE = ("partial_rotary_factor", "rotary_pct")
 _AS_MANY_KEYS = ("llama", "phi", "phi3")  # as query heads, by the class's own default
-_PLAIN_ROTATIONS = ("default", "linear", "llama3")  # they change numbers, not shapes
+# Sizes that a class takes as null, by model_type.
+_NULL_SIZES = {
+    "llama": {"num_key_value_heads", "head_dim"},
+    "mistral": {"head_dim"},
+    "phi": {"num_key_value_heads"},
+    "phi3": {"num_key_value_heads"},
+    "gpt2": {"n_inner"},
+}
+# Rotations that change numbers, not shapes, and the numbers that each needs.
+ROTATIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_ROTATION_NUMBERS = (*ROTATIONS["llama3"], "original_max_position_embeddings", "rope_theta", *_ROTATED_SHARE)
 
 
 class Keys(NamedTuple):
@@ -64,8 +90,9 @@ class Family:
     keys that the log holds for; a key that is left out has the class's default, which is the recorded one.
     ``free_width``: a head's width is set by itself, else it is ``hidden_size`` over the heads. ``cuts_loss``: the head
     stands apart, so that the loss is made in chunks. ``rotated`` is the share of a head's width that positions rotate,
-    and ``default_rotated`` the class's own, where it is another. ``cycles`` are keys with an entry for each layer, and
-    what comes again and again in them; ``left_over`` are the numbers of layers beyond whole periods that are recorded.
+    and ``default_rotated`` the class's own, where it is another. ``default_pad`` is the class's token of padding, which
+    the vocabulary must have. ``cycles`` are keys with an entry for each layer, and what comes again and again in them;
+    ``left_over`` are the numbers of layers beyond whole periods that are recorded.
     ``row_differs``: with one row, what is a copy with several is a view (heads stand before tokens in memory there, and
     rows are to be put end to end). ``one_key_head`` is recorded apart for the same reason.
     """
@@ -77,6 +104,7 @@ class Family:
     free_width: bool = False
     default_width: int | None = None
     default_tied: bool = False
+    default_pad: int | None = None
     cuts_loss: bool = True
     keys: Keys = _STANDARD
     rotated: float = 1
@@ -123,8 +151,8 @@ FAMILIES = (
         for name, one_key_head in (("gemma", False), ("gemma-one-key-head", True))
     ),
     Family("granite", "granite", ties=(True,), cuts_loss=False),
-    Family("olmo", "olmo", settings=_PLAIN | {"clip_qkv": (None,)}),
-    Family("olmo2", "olmo2", ties=(False,)),
+    Family("olmo", "olmo", settings=_PLAIN | {"clip_qkv": (None,)}, default_pad=1),
+    Family("olmo2", "olmo2", ties=(False,), default_pad=1),
     Family(
         "gpt_neox",
         "gpt_neox",
@@ -142,8 +170,16 @@ FAMILIES = (
         rotated=0.5,
         row_differs=True,
     ),
-    Family("phi3", "phi3", ties=(False,), row_differs=True),
-    Family("phi3-partial", "phi3", ties=(True,), rotated=0.75, default_rotated=1, row_differs=True),
+    Family("phi3", "phi3", ties=(False,), default_pad=32000, row_differs=True),
+    Family(
+        "phi3-partial",
+        "phi3",
+        ties=(True,),
+        default_pad=32000,
+        rotated=0.75,
+        default_rotated=1,
+        row_differs=True,
+    ),
     Family(
         "stablelm",
         "stablelm",
@@ -173,6 +209,7 @@ FAMILIES = (
         ties=(True,),
         settings=_PLAIN | {"no_rope_layer_interval": (4,)},
         default_tied=True,
+        default_pad=128004,
         cycles={"layer_types": ("full_attention",), "no_rope_layers": (1, 1, 1, 0)},
     ),
     Family(
@@ -259,43 +296,98 @@ def recorded_config(family: Family, shape: Shape, *, tied: bool) -> dict[str, An
 
 
 def _belongs(config: Mapping[str, Any], family: Family) -> bool:
-    keys = family.keys
-    needed = [keys.hidden, keys.layers, keys.heads, "vocab_size"]
-    needed += [keys.intermediate] if keys.intermediate != "n_inner" else []  # four times as wide, where it is not said
-    if keys.key_value_heads is not None and family.model_type not in _AS_MANY_KEYS:
-        needed += [keys.key_value_heads]
-    if not all(type(config.get(key)) is int for key in needed) or is_tied(config, family) not in family.ties:
+    if not _sizes_are_plain(config, family) or is_tied(config, family) not in family.ties:
         return False
+    keys = family.keys
+    sizes = {*keys, "head_dim"}
     shape = shape_of(config, family)
-    dimensions = {*needed, keys.intermediate, keys.key_value_heads}
-    shaping = {"rope_scaling", "rope_parameters", "head_dim", *_ROTATED_SHARE, *family.cycles}
+    shaping = {"rope_scaling", "rope_parameters", *_ROTATED_SHARE, *family.cycles}
     for key, value in config.items():
         if key in family.settings:
-            if value not in family.settings[key]:
+            if not any(_is_same(value, setting) for setting in family.settings[key]):
                 return False
-        elif key not in dimensions | shaping | _NEUTRAL:
+        elif key not in sizes | shaping and not _is_neutral(key, value):
             return False
     if not family.free_width and config.get("head_dim") not in (None, shape.hidden // shape.heads):
         return False
+    pad = config.get("pad_token_id", family.default_pad)
     return (
         _rotation_is_recorded(config, family)
+        and (pad is None or -shape.vocabulary <= pad < shape.vocabulary)
         and _layers_come_again(config, family, shape.layers)
         and shape.layers >= TRACED * family.period
         and shape.layers % family.period in family.left_over
         and family.one_key_head is (shape.key_value_heads == 1)
         and shape.heads % shape.key_value_heads == 0
-        and (family.free_width or shape.hidden % shape.heads == 0)
+        and shape.hidden % shape.heads == 0
         and shape.head_width % 8 == 0
         and shape.head_width <= 256
     )
 
 
+def _sizes_are_plain(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether every dimension is a whole number above 0, or is left to the class where its default is the recorded."""
+    keys, kind = family.keys, str(config.get("model_type"))
+    needed = {keys.hidden, keys.layers, keys.heads, "vocab_size"}
+    if keys.intermediate != "n_inner":  # four times as wide, where it is not said
+        needed.add(keys.intermediate)
+    if keys.key_value_heads is not None and kind not in _AS_MANY_KEYS:
+        needed.add(keys.key_value_heads)
+    if keys.positions != "max_position_embeddings" and "max_position_embeddings" in config:
+        return False  # the class takes it as another name of its own
+    may_be_null = _NULL_SIZES.get(kind, set())
+    sizes = (key for key in (*keys, "head_dim", "vocab_size") if key in config)
+    return config.keys() >= needed and all(
+        _is_size(config[str(key)]) or (config[str(key)] is None and key in may_be_null) for key in sizes
+    )
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_same(value: object, setting: object) -> bool:
+    """Whether a setting is as it was recorded; 0 is not False, which a class checks."""
+    return isinstance(value, bool) is isinstance(setting, bool) and bool(value == setting)
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether nothing hangs on a value; one that transformers may refuse is left to the trace, which asks it."""
+    if type(value) not in _NEUTRAL.get(key, ()):
+        return False
+    if key == "initializer_range":
+        return bool(0 <= value <= 1)
+    return key not in _WORDS or value in _WORDS[key]
+
+
 def _rotation_is_recorded(config: Mapping[str, Any], family: Family) -> bool:
-    rotation = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rotation.get("rope_type", rotation.get("type", "default"))
-    shares = [where[name] for where in (rotation, config) for name in _ROTATED_SHARE if where.get(name) is not None]
+    written = [config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None]
+    if not all(isinstance(rotation, dict) for rotation in written):
+        return False
+    rotation: dict[str, Any] = next(filter(None, written), {})
+    by_kind = family.model_type == "gemma3_text" and rotation.keys() == set(family.cycles["layer_types"])
+    rotations = list(rotation.values()) if by_kind else [rotation]
+    if not all(map(_changes_numbers_alone, rotations)):
+        return False
+    shares = [where[name] for where in (*rotations, config) for name in _ROTATED_SHARE if name in where]
     default = family.rotated if family.default_rotated is None else family.default_rotated
-    return kind in _PLAIN_ROTATIONS and set(shares or [default]) == {family.rotated}
+    return all(type(share) in _NUMBER and share == family.rotated for share in shares or [default])
+
+
+def _changes_numbers_alone(rotation: object) -> bool:
+    """Whether a rotation is of a kind that is recorded, and whole."""
+    if not isinstance(rotation, dict):
+        return False
+    kind = rotation.get("rope_type", rotation.get("type", "default"))
+    return (
+        isinstance(kind, str)
+        and kind in ROTATIONS
+        and rotation.keys() >= set(ROTATIONS[kind])
+        and all(
+            key in {"rope_type", "type"} or (key in _ROTATION_NUMBERS and type(value) in _NUMBER)
+            for key, value in rotation.items()
+        )
+    )
 
 
 def _layers_come_again(config: Mapping[str, Any], family: Family, layers: int) -> bool:

@@ -15,7 +15,7 @@ from trainkit.memory.machine import available_memory_bytes, process_memory_bytes
 from trainkit.memory.scenario import Device, scenario_of
 from trainkit.memory.sizes import gib
 from trainkit.memory.verdict import Capacity, context_bytes, process_bytes, verdict
-from trainkit.model.checking import read_config
+from trainkit.model.checking import CONFIG_FILE, read_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,9 @@ def fit(recipe: Recipe, folder: Path, device: torch.device, here: Launched = ALO
     Raises MachineError when the step cannot fit into what is free on ``device``, with the cheapest change that helps.
     """
     shard: Shard = "none" if here.processes == 1 else "fsdp2" if here.shards else "ddp"
-    scenario = scenario_of(recipe, read_config(folder), device=_described(device), gpus=here.processes, shard=shard)
+    config, place = read_config(folder), str(folder / CONFIG_FILE)
+    on = _described(device)
+    scenario = scenario_of(recipe, config, device=on, gpus=here.processes, shard=shard, place=place)
     ask = Question(estimate, quick_peak_bytes)
     capacity = _free(device, scenario.device, here)
     asked = recipe.training.micro_batch_size

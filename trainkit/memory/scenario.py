@@ -40,6 +40,8 @@ class Scenario:
     of earlier micro-batches are there while a later one runs forward. Every token of a row counts as trained, and a row
     is ``documents_per_row`` documents that do not see each other.
 
+    ``place`` is what an error calls the configuration.
+
     ``loop`` "transformers" is the plain loop that published measurements were made with: no autocast, the model's own
     loss, AdamW in its foreach form, no clipping.
     """
@@ -59,6 +61,7 @@ class Scenario:
     shard: Shard = "none"
     device: Device = Device()
     loop: Loop = "trainkit"
+    place: str = field(default="config.json", compare=False)
 
     @property
     def tokens(self) -> int:
@@ -93,12 +96,13 @@ def scenario_of(
     gpus: int = 1,
     shard: Shard = "none",
     micro_batch_size: int | None = None,
+    place: str = "config.json",
 ) -> Scenario:
     """The scenario of a recipe on a model and a device.
 
     ``micro_batch_size`` takes the place of the recipe's, which may be ``auto``; then one row is the default. With
     ``shard`` "none" and several GPUs nothing changes: each would run alone. Raises MachineError for a precision
-    that the device cannot compute in.
+    that the device cannot compute in. ``place`` is what an error calls the configuration.
     """
     device = device or Device()
     rows = micro_batch_size or (1 if recipe.training.micro_batch_size == "auto" else recipe.training.micro_batch_size)
@@ -122,6 +126,7 @@ def scenario_of(
         gpus=gpus,
         shard=shard,
         device=device,
+        place=place,
     )
 
 

@@ -13,15 +13,21 @@ _UNITS = {"gib": GIB, "gb": 10**9, "mib": MIB, "mb": 10**6, "tib": 2**40, "tb": 
 def size_in_bytes(text: str, option: str) -> int:
     """Bytes of an amount with its unit. Raises UsageError, which names ``option``, for anything else.
 
-    >>> size_in_bytes("24GiB", "--memory"), size_in_bytes("24 GB", "--memory")
-    (25769803776, 24000000000)
+    >>> size_in_bytes("24GiB", "--memory"), size_in_bytes("24 GB", "--memory"), size_in_bytes(".5gib", "--memory")
+    (25769803776, 24000000000, 536870912)
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)", text.strip(), re.ASCII)
     unit = match and _UNITS.get(match[2].lower())
     if match and not match[2]:
         raise UsageError(
             f"{option}: {text} has no unit; write {match[1]}GiB (2^30 bytes, what torch and nvidia-smi count in) or "
             f"{match[1]}GB (10^9 bytes)"
+        )
+    if match and (letter := match[2].upper()) in {"G", "M", "T"}:
+        power = {"M": 20, "G": 30, "T": 40}[letter]
+        raise UsageError(
+            f"{option}: {text} may be one of two units; write {match[1]}{letter}iB (2^{power} bytes, what torch and "
+            f"nvidia-smi count in) or {match[1]}{letter}B (10^{power // 10 * 3} bytes)"
         )
     if not match or not unit:
         raise UsageError(f"{option}: `{text[:40]}` is no amount of memory; write a number and a unit, as 24GiB or 80GB")

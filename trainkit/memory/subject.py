@@ -5,6 +5,7 @@ The options are short for keys of a recipe and are read by its reader, so that t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -32,7 +33,10 @@ _WITH_TEXTBOOK = {"RECIPE", "--model", "--set", "--view"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line asks; None and False where it says nothing."""
+    """What the command line asks; None and False where it says nothing.
+
+    ``auto_micro_batch`` is ``--micro-batch-size auto``, in place of a number.
+    """
 
     recipe: str | None = None
     overrides: Sequence[str] = ()
@@ -41,6 +45,7 @@ class Request:
     precision: str | None = None
     sequence_length: int | None = None
     micro_batch_size: int | None = None
+    auto_micro_batch: bool = False
     activation_checkpointing: bool = False
     optimizer: str | None = None
     gpus: int = 1
@@ -71,7 +76,14 @@ class Subject:
 
     def scenario(self) -> Scenario:
         """The recipe's step; one row where the recipe leaves the micro-batch to the memory."""
-        return scenario_of(self.recipe, self.facts.config, device=self.device, gpus=self.gpus, shard=self.shard)
+        return scenario_of(
+            self.recipe,
+            self.facts.config,
+            device=self.device,
+            gpus=self.gpus,
+            shard=self.shard,
+            place=self.facts.place,
+        )
 
 
 def check_request(request: Request) -> None:
@@ -99,7 +111,7 @@ def check_request(request: Request) -> None:
 
 def _given(request: Request) -> set[str]:
     """The arguments and options that the command line names, by their names there."""
-    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view"}
+    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view", "auto_micro_batch": "--micro-batch-size"}
     return {
         named.get(option.name, f"--{option.name.replace('_', '-')}")
         for option in fields(request)
@@ -164,17 +176,19 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     """The options as keys of a recipe. Without a file they are the whole recipe, of data that is never read."""
     flags = []
     length = request.sequence_length
+    if request.recipe is None or length is not None:  # --set goes before both
+        length = _overridden(request, "packing.sequence_length") or length
     if request.recipe is None:
         longest = facts.positions if facts and facts.positions else None
         default = Packing().sequence_length
         length = length or (min(default, longest) if longest else default)
         for key, value in (("data.train", "data.jsonl"), ("training.steps", "1"), ("output_dir", "runs/estimate")):
             flags.append(Flag("--model", key, value))
-        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size or 1)))
         overlap = min(Packing().overlap, length // 2)
         flags.append(Flag("--sequence-length", "packing.overlap", str(overlap)))
-    elif request.micro_batch_size is not None:
-        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size)))
+    rows = "auto" if request.auto_micro_batch else request.micro_batch_size
+    if rows is not None or request.recipe is None:
+        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(rows or 1)))
     if request.model is not None:
         flags.append(Flag("--model", "model.name", text_as_yaml(request.model)))
     if length is not None:
@@ -193,20 +207,35 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
     return flags
 
 
+def _overridden(request: Request, key: str) -> int | None:
+    """The whole number above 0 that ``--set`` gives a key; None where it gives none, or what the reader will refuse."""
+    found = None
+    for override in request.overrides:
+        name, _, value = override.partition("=")
+        if name.strip() == key:
+            found = int(value) if re.fullmatch(r"\s*0*[1-9][0-9]{0,17}\s*", value) else None
+    return found
+
+
 def _written_step_tokens(request: Request) -> int:
     """The tokens of a step as the recipe says, or the default."""
     if request.recipe is None:
-        return Training.tokens_per_step
+        return _overridden(request, "training.tokens_per_step") or Training.tokens_per_step
     return read_recipe(request.recipe, request.overrides).recipe.training.tokens_per_step
 
 
 def _tokens_per_step(request: Request, length: int | None) -> Flag:
     """As many tokens in a step as the recipe says (or its default): whole rows, and a micro-batch for every GPU."""
-    tokens, rows = _written_step_tokens(request), request.micro_batch_size or 1
+    rows = _overridden(request, "training.micro_batch_size") or request.micro_batch_size or 1
+    tokens = _written_step_tokens(request)
     if request.recipe is not None:
         written = read_recipe(request.recipe, request.overrides).recipe
         length = length or written.packing.sequence_length
-        if request.micro_batch_size is None and written.training.micro_batch_size != "auto":
+        if (
+            request.micro_batch_size is None
+            and not request.auto_micro_batch
+            and written.training.micro_batch_size != "auto"
+        ):
             rows = written.training.micro_batch_size
     length = length or Packing().sequence_length
     whole = max(tokens // length, rows * request.gpus) * length

@@ -12,13 +12,13 @@ import re
 from dataclasses import dataclass
 
 from trainkit.memory.models import KnownModel, known_models
+from trainkit.memory.sizes import GIB
 
 FP32_BYTES = 4
 ADAM_BYTES = 16
 AUTOCAST_BYTES = 2  # the 16-bit copies of the weights that torch.autocast keeps from their first use to the pass's end
 FROZEN_BYTES = 2
 LEFT_OUT = (
-    "GiB is 2^30 bytes and GB is 10^9: 1043.08 GiB and 1120 GB are one amount.",
     "torch.autocast (precision bf16, fp16) keeps all of it in fp32, 16 bytes too, and adds 16-bit copies in the pass.",
     "In none of this: activations, logits, buffers, the allocator, the device's context. Leave --view out to see them.",
 )
@@ -80,6 +80,26 @@ def lines(counted: list[Column], trained_by_lora: int) -> list[Line]:
         line("… by autocast, forward", "16 + 2 for 16-bit copies", ADAM_BYTES + AUTOCAST_BYTES),
         line("what LoRA leaves of it", "2 frozen + 16 trained", FROZEN_BYTES, trained_by_lora),
     ]
+
+
+def as_gib(size_bytes: int) -> str:
+    """An amount as the table writes it.
+
+    >>> as_gib(1120 * 10**9), as_gb(1120 * 10**9)
+    ('1043.08 GiB', '1120 GB')
+    """
+    return f"{size_bytes / GIB:.2f} GiB"
+
+
+def as_gb(size_bytes: int) -> str:
+    """The same amount in the unit beside it."""
+    return f"{size_bytes / 1e9:.2f} GB".replace(".00 ", " ")
+
+
+def units_explained(table: list[Line]) -> str:
+    """What the two units are, by a figure of the table: the first column's, trained in mixed precision."""
+    size = table[2].sizes_bytes[0]
+    return f"GiB is 2^30 bytes and GB is 10^9: {as_gib(size)} and {as_gb(size)} are one amount."
 
 
 def _is_namesake(model: KnownModel, nominal: re.Match[str]) -> bool:

@@ -84,7 +84,7 @@ def trace(scenario: Scenario) -> Trace:
     """
     sharded = scenario.shard == "fsdp2" and scenario.gpus > 1
     with pretended_processes(scenario.gpus) if sharded else nullcontext():
-        period = period_of(scenario.config)
+        period = period_of(scenario.config, scenario.place)
         if sharded and period is not None:
             period *= -(-REACH // period)
         if period is not None:

@@ -213,6 +213,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     values = read_json(path, missing=f"no {CONFIG_FILE}; is this a model folder?")
     if not isinstance(values.get("model_type"), str):
         raise ModelError(f"{path}: no `model_type`, so nothing says which architecture this is")
+    named = values.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ModelError(f'{path}: `architectures` must be a list of class names, as ["LlamaForCausalLM"]')
     _check_implementations(path, values)
     return values
 
@@ -282,8 +285,7 @@ def _check_config(location: ModelLocation) -> PretrainedConfig:
             raise _unusable(code, path, error) from error
         if not isinstance(error, OSError | ValueError | TypeError | KeyError | AttributeError | StrictDataclassError):
             raise
-        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
-        raise ModelError(f"{path}: {in_one_line(cause or error)}; restore the file") from error
+        raise ModelError(f"{path}: {reason_of(error, values)}; restore the file") from error
     if code is not None:  # what names this repository by its hub id is in the folder too
         named = config.auto_map.items()
         config.auto_map = {
@@ -313,7 +315,8 @@ def empty_model(location: ModelLocation, config: PretrainedConfig) -> PreTrained
         if code is not None:
             raise _unusable(code, location.folder / CONFIG_FILE, error) from error
         raise ModelError(
-            f"{location.folder / CONFIG_FILE}: it describes no model: {in_one_line(error)}; restore the file"
+            f"{location.folder / CONFIG_FILE}: it describes no model: {reason_of(error, config.to_dict())}; "
+            "restore the file"
         ) from error
     return model
 
@@ -428,6 +431,30 @@ def some_of(names: Sequence[str], limit: int = 2) -> str:
     """The names in one line, or the first ``limit`` of them and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def reason_of(error: Exception, values: Mapping[str, Any]) -> str:
+    """Why transformers makes nothing of a config.json with these ``values``, in one line.
+
+    >>> reason_of(KeyError("gelu_"), {"hidden_act": "gelu_"})
+    "`hidden_act` is 'gelu_', which transformers does not know"
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, KeyError) and error.args:
+        for key in _keys_with(values, error.args[0]):
+            return f"`{key}` is {str(error)[:60]}, which transformers does not know"
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    return in_one_line(cause or error)
+
+
+def _keys_with(values: Mapping[str, Any], wanted: object) -> Iterator[str]:
+    """The keys of a configuration, and of the objects in it, that have this value."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys_with(value, wanted)
+        elif isinstance(value, str) and value == wanted:
+            yield key
 
 
 def in_one_line(error: BaseException, limit: int = 120) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Interruption:
-    """While entered, each of :data:`~trainkit.signals.SIGNALS` raises KeyboardInterrupt, and ``received`` says which it was.
+    """While entered, each of ``SIGNALS`` raises KeyboardInterrupt, and ``received`` says which it was.
 
     One that is ignored, as SIGHUP is under nohup, stays ignored. Inside :meth:`deferring` the first one only sets
     ``received``; a second SIGINT stops at once.
