@@ -305,6 +305,37 @@ def test_killed_at_random_moments_it_comes_to_the_same_curve(bench: Workbench, u
     assert largest_difference(ended, uninterrupted) <= ALMOST
 
 
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ((signal.SIGTERM, signal.SIGHUP, signal.SIGTERM), 75),
+        pytest.param((signal.SIGINT, signal.SIGTERM), 130, marks=pytest.mark.long),
+        pytest.param((signal.SIGTERM, signal.SIGINT, signal.SIGTERM), 75, marks=pytest.mark.long),
+        pytest.param((signal.SIGQUIT,), 75, marks=pytest.mark.long),
+    ],
+    ids=lambda value: "-".join(one.name for one in value) if isinstance(value, tuple) else None,
+)
+def test_the_first_signal_to_the_launcher_counts(
+    bench: Workbench, numbers: tuple[signal.Signals, ...], code: int
+) -> None:
+    """While the processes save, as long as they need."""
+    name = "-".join(one.name for one in numbers)
+    shorter = SLOW_STEP.replace("sleep(60)", "sleep(5)")
+    environment = write_fault(bench.root / f"slow-{name}", "trainkit.training.loop", shorter)
+    started = bench.start(bench.recipe(f"signals-{name}"), "two-ddp", environment=environment)
+    started.wait_for_step(12)
+    time.sleep(1)
+    workers = started.workers()
+    for number in numbers:
+        started.send(number)
+        time.sleep(0.5)
+    ended = started.end()
+    assert ended.code == code, ended.said
+    [line] = ended.error_lines()
+    assert line.startswith(f"error: {numbers[0].name} after step ")
+    assert not [worker for worker in workers if worker.is_running()]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["two-ddp", "two-fsdp2"])
 def test_ctrl_c_saves_and_a_second_one_does_not_wait(bench: Workbench, uninterrupted: Ended, kind: str) -> None:

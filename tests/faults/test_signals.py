@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +18,6 @@ import pytest
 from tests.faults.forks import Fault, Outcome, Story, contents, differences, lines_of, logged_steps, published
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.faults.conftest import Tally
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -144,3 +147,46 @@ def test_a_second_ctrl_c(story: Story, tmp_path: Path, block: int, tally: Tally)
         problems += problems_afterwards(story, folder, published(folder))
         tally.count(f"at {moment:.3f} s", problems)
     tally.note(at_least=8)
+
+
+def heeds(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{process}/status").read_text()
+    [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.goal("A7 the same signals while the program is loaded, packs, or exports: exit 75 or 130, one line")
+@pytest.mark.parametrize("moments", [6, pytest.param(60, marks=pytest.mark.long)])
+def test_a_signal_in_the_first_seconds(tmp_path: Path, tiny_model_folder: Path, moments: int, tally: Tally) -> None:
+    draw = random.Random(moments)
+    words = " ".join(["the quick brown fox jumps over the lazy dog"] * 20)
+    (tmp_path / "train.jsonl").write_text((json.dumps({"text": words}) + "\n") * 20_000)
+    packing = ["pack-data", "--data", "train.jsonl", "--tokenizer", str(tiny_model_folder), "--force"]
+    environment = os.environ | {"TRAINKIT_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    for index in range(moments):
+        number, arguments = SIGNALS[index % 3], [["fine-tune", "quickstart"], packing][index // 3 % 2]
+        moment = draw.random() ** 2 * 4
+        with subprocess.Popen(
+            [sys.executable, "-m", "trainkit", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as started:
+            while not heeds(started.pid, number):  # until then it is Python that starts
+                time.sleep(0.001)
+            time.sleep(moment)
+            started.send_signal(number)
+            _, said = started.communicate(timeout=60)
+        wanted = 130 if number is signal.SIGINT else 75
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        problems = [] if started.returncode == wanted else [f"exit code {started.returncode}: {said[-300:]}"]
+        if len(errors) != 1 or "Traceback" in said:
+            problems.append(f"said {said[-300:]}")
+        if left := [path for path in tmp_path.rglob("*") if path.name.startswith(".building")]:
+            problems.append(f"left {left}")
+        tally.count(f"{number.name} to {arguments[0]} at {moment:.3f} s", problems)
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    tally.note(at_least=moments)
