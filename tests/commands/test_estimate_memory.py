@@ -427,6 +427,7 @@ def test_qlora_is_estimated_where_bitsandbytes_is_not_installed() -> None:
             "no model can be built: `type` is 'nonsense', which transformers",
         ),
         ({"architectures": "LlamaForCausalLM"}, "`architectures` must be a list of class names, as ["),
+        ({"auto_map": 5}, "`auto_map` must be an object that names classes of the model's own code"),
         ({"architectures": [1]}, "`architectures` must be a list of class names, as ["),
     ],
 )

@@ -216,6 +216,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     named = values.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise ModelError(f'{path}: `architectures` must be a list of class names, as ["LlamaForCausalLM"]')
+    if not isinstance(values.get("auto_map") or {}, dict):
+        raise ModelError(f"{path}: `auto_map` must be an object that names classes of the model's own code")
     _check_implementations(path, values)
     return values
 
