@@ -107,6 +107,7 @@ def test_the_recorded_answer_is_the_traced_one(case: str) -> None:
     assert_recorded_is_traced(COVERED[case])
 
 
+SMALL_SEGMENT_BYTES = 2 * 2**20
 FAST = {("gemma", "lora"), ("olmo2", "qlora"), ("granite", "full"), ("gpt2", "lora-row"), ("phi", "full-rows")}
 
 
@@ -130,8 +131,11 @@ def test_every_further_family_answers_as_its_trace(family: str, way: str) -> Non
 def assert_recorded_is_traced(scenario: Scenario) -> None:
     recorded, traced = estimate(scenario), estimate(scenario, exact=True)
     assert (recorded.engine, traced.engine) == ("quick", "trace")
-    for name in ("parameters", "trainable_parameters", "peak_allocated_bytes", "peak_reserved_bytes", "peak_place"):
+    for name in ("parameters", "trainable_parameters", "peak_allocated_bytes", "peak_place"):
         assert getattr(recorded, name) == getattr(traced, name), name
+    # Gemma 3 makes the rotary tables of its two kinds of layers in the order of a set, another in every process, and in
+    # that order tensors die; a segment more or less hangs on it.
+    assert recorded.peak_reserved_bytes == pytest.approx(traced.peak_reserved_bytes, abs=SMALL_SEGMENT_BYTES)
     # Where the rows of a batch begin and end is a list whose length is no product; it lies within one block.
     assert recorded.parts == pytest.approx(traced.parts, abs=CUDA_BLOCK_BYTES)
     totals = [[point.total_bytes for point in found.timeline] for found in (recorded, traced)]

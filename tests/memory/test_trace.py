@@ -21,7 +21,7 @@ from trainkit.memory.estimate import PARTS, estimate
 from trainkit.memory.event_log import Axis, EventLog, Kind, unfold
 from trainkit.memory.fake_model import fake_model, parse_config, period_of
 from trainkit.memory.models import known_models
-from trainkit.memory.replay import highest_moments, peak_of_folded
+from trainkit.memory.replay import CUDA_BLOCK_BYTES, highest_moments, peak_of_folded
 from trainkit.memory.scenario import Device, Scenario
 from trainkit.memory.trace import REACH, make_batch_of, step_log
 from trainkit.model.adapters import attach_adapter
@@ -397,7 +397,8 @@ def test_a_sharded_step_of_few_layers_unfolds_to_the_trace_of_all(
     assert unfolded_from == [unit]
     assert replace(few, seconds=0, timeline=()) == replace(whole, seconds=0, timeline=())
     totals = [[point.total_bytes for point in found.timeline] for found in (few, whole)]
-    assert totals[0] == totals[1]
+    # Clipping stacks a norm of 4 bytes for each tensor that trains, in four vectors, and few layers have fewer.
+    assert totals[0] == pytest.approx(totals[1], abs=4 * CUDA_BLOCK_BYTES)
 
 
 @pytest.mark.parametrize(
