@@ -29,6 +29,7 @@ from trainkit.model.result_folder import check_free
 from trainkit.model.trusted_code import FLAG as TRUST_FLAG
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
+from trainkit.training.agreement import check_agreement, given_here
 from trainkit.training.assembly import Base, assemble, base_fingerprint, check_sharding, read_base, whole_model
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, step_of
 from trainkit.training.environment import describe_environment
@@ -66,7 +67,9 @@ from trainkit.training.step import HalfUpdatedError, StopRequested
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
+    from trainkit.model.precision import PrecisionPlan
     from trainkit.model.trusted_code import Trust
     from trainkit.recipe.reader import ReadRecipe
     from trainkit.recipe.schema import Recipe
@@ -121,8 +124,7 @@ def _run(
             stack.enter_context(locked(folder))
             earlier = None if fresh else _earlier_run(folder, recipe, base, data)
             start = _start(recipe, folder, earlier, base, data, device, here, console, fresh=fresh)
-        with interruption.ending_at_once() if here.processes > 1 else nullcontext():
-            accelerator = make_accelerator()
+        accelerator = _met(recipe, folder, base, data, precision, here, interruption)
         start = Start(**from_first(accelerator, asdict(start)))
         if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
@@ -168,6 +170,32 @@ def _run(
         )
         run = Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory, saver)
         return run.to_the_end(checkpoint)
+
+
+def _met(
+    recipe: Recipe,
+    folder: RunFolder,
+    base: Base,
+    data: PreparedData,
+    precision: PrecisionPlan,
+    here: Launched,
+    interruption: Interruption,
+) -> Accelerator:
+    """Where the processes of the run meet. Raises UsageError in all of them unless they were given the same."""
+    with interruption.ending_at_once() if here.processes > 1 else nullcontext():
+        accelerator = make_accelerator()
+    if here.processes > 1:  # before any other collective, since those of two kinds of run do not match
+        given = given_here(
+            recipe,
+            output_dir=folder.root,
+            precision=precision.name,
+            shards=here.shards,
+            trusted_code=_trusted_code(base),
+            data_key=data.key,
+            base_model=base_fingerprint(base.location),
+        )
+        check_agreement(accelerator, given)
+    return accelerator
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def check_output(output_dir: str) -> RunFolder:
         reason = "there is no such home folder" if output_dir.startswith("~") else "it is a link to itself"
         if isinstance(error, OSError) and error.errno != errno.ELOOP:
             reason = str(error.strerror)
-        named = _shortened(output_dir)
+        named = shortened(output_dir)
         raise MachineError(f"output_dir: {named} cannot be used: {reason}; name a new folder") from error
     folder = RunFolder(root)
     try:
@@ -86,7 +86,7 @@ def check_output(output_dir: str) -> RunFolder:
         taken = root.is_dir() and not all(_is_of_a_beginning(path, folder) for path in root.iterdir())
     except OSError as error:
         raise MachineError(
-            f"output_dir: {_shortened(output_dir)} cannot be used: {error.strerror}; name a new folder"
+            f"output_dir: {shortened(output_dir)} cannot be used: {error.strerror}; name a new folder"
         ) from error
     for entry in (folder.checkpoints, folder.final, folder.metrics, folder.samples):
         if leads_out(entry, folder.root):
@@ -98,7 +98,7 @@ def check_output(output_dir: str) -> RunFolder:
     except OSError as error:
         mend = "free some space, or name a new folder" if error.errno in DISK_FULL else "name a new folder"
         raise MachineError(
-            f"output_dir: {_shortened(output_dir)} cannot be written: {error.strerror} (tried in {there}); {mend}"
+            f"output_dir: {shortened(output_dir)} cannot be written: {error.strerror} (tried in {there}); {mend}"
         ) from error
     return folder
 
@@ -117,7 +117,7 @@ def _try_to_write(there: Path, folder: RunFolder) -> None:
             path.unlink(missing_ok=True)
 
 
-def _shortened(path: str, most: int = 80) -> str:
+def shortened(path: str, most: int = 80) -> str:
     """The end of a long path, which tells more than its beginning."""
     return path if len(path) <= most else f"...{path[-most:]}"
 
@@ -278,18 +278,18 @@ def check_continuation(
 
 def recipe_differences(before: Recipe, after: Recipe) -> dict[str, str]:
     """The keys that differ and are not free to change on a resume, each with ``key: before → after``."""
-    old, new = _flat(asdict(before)), _flat(asdict(after))
+    old, new = flattened(asdict(before)), flattened(asdict(after))
     return {
-        key: f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+        key: f"{key}: {shown(old.get(key))} → {shown(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_TO_CHANGE
     }
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it stands in a recipe.
 
-    >>> _shown(None), _shown(True), _shown(2e-4)
+    >>> shown(None), shown(True), shown(2e-4)
     ('null', 'true', '0.0002')
     """
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
@@ -307,10 +307,10 @@ def continue_run(folder: RunFolder, record: RunRecord, recipe: Recipe, *, micro_
     return continued
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and sequences as one level of dotted keys.
 
-    >>> _flat({"a": {"b": 1}, "c": [2, {"d": 3}]})
+    >>> flattened({"a": {"b": 1}, "c": [2, {"d": 3}]})
     {'a.b': 1, 'c.0': 2, 'c.1.d': 3}
     """
     if isinstance(value, dict):
@@ -321,7 +321,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, entry in items:
-        flat |= _flat(entry, f"{prefix}.{key}" if prefix else key)
+        flat |= flattened(entry, f"{prefix}.{key}" if prefix else key)
     return flat
 
 
