@@ -109,3 +109,15 @@ def test_the_result_of_a_run_that_has_gone_on_is_not_merged(
     assert not (tmp_path / "merged").exists()
     write_record(folder, finished)
     assert trainkit(arguments) == 0
+
+
+@pytest.mark.parametrize("also_gone", ["adapter_model.safetensors", "SHA256SUMS"])
+def test_an_adapter_without_its_configuration_is_no_full_model(
+    make_run: Callable[[Adapter | None], Path], also_gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = make_run(Adapter(r=4)) / "final"
+    (final / "adapter_config.json").unlink()
+    (final / also_gone).unlink()
+    assert trainkit(["export", str(final.parent), "--merge"]) == 4
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"error: {final / 'adapter_config.json'}: missing; restore it"

@@ -20,6 +20,7 @@ from trainkit.model.checking import (
     in_one_line,
     read_json,
     recorded_digests,
+    recorded_names,
     sha256,
     stored_dtype,
 )
@@ -177,6 +178,8 @@ def _check_run(folder: RunFolder) -> None:
     check_entries(folder.final)
     _check_finished(folder)
     if not (folder.final / ADAPTER_CONFIG).is_file():
+        if (folder.final / ADAPTER_FILE).exists() or ADAPTER_CONFIG in recorded_names(folder.final):
+            raise ModelError(f"{folder.final / ADAPTER_CONFIG}: missing; restore it")
         raise UsageError(f"{folder.final}: is a full model, there is no adapter to merge: use it as it is")
     for path, recorded in recorded_digests(folder.final).items():
         if sha256(path) != recorded and path.name in {ADAPTER_FILE, ADAPTER_CONFIG}:
