@@ -37,7 +37,15 @@ from trainkit.training.evaluation import Answer, answer_prompts, check_last_upda
 from trainkit.training.heartbeats import heartbeats
 from trainkit.training.interruption import Interruption
 from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, remarks, train
-from trainkit.training.metrics import MetricsLog, NoLog, Trackers, check_trackers, open_trackers, read_metrics
+from trainkit.training.metrics import (
+    MetricsLog,
+    NoLog,
+    Trackers,
+    check_trackers,
+    open_trackers,
+    read_metrics,
+    read_samples,
+)
 from trainkit.training.plan import learning_rate_at, make_plan
 from trainkit.training.processes import (
     any_of,
@@ -66,6 +74,8 @@ from trainkit.training.saving import Saver, check_space
 from trainkit.training.step import HalfUpdatedError, StopRequested
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from accelerate import Accelerator
 
@@ -264,6 +274,8 @@ def _write_page(folder: RunFolder, console: Console) -> None:
         write_report(folder)
     except (OSError, CheckpointError) as error:
         console.warn(f"{folder.report}: not written: {error}")
+    except (LookupError, TypeError, ValueError):  # a line that is JSON, and yet none of ours
+        console.warn(f"{folder.report}: not written: {folder.metrics.name} or {folder.samples.name} is damaged")
 
 
 def _say_at_once(console: Console, line: str) -> None:
@@ -691,7 +703,7 @@ class Run:
             "save_paused_seconds": self.saver.paused_seconds,
             "ledger": ledger.to_json(),
         }
-        summary |= _exact_match(self.folder)
+        summary |= _exact_match(_logged(self.folder.metrics, read_metrics, self.console))
         write_json(self.folder.summary, summary)
         _write_page(self.folder, self.console)
         finish_run(self.folder, self.record)
@@ -699,7 +711,7 @@ class Run:
         return summary
 
     def _show_outcome(self, summary: dict[str, Any], sentences: tuple[str, ...]) -> None:
-        for first, last in _answers_before_and_after(self.folder):
+        for first, last in _answers_before_and_after(_logged(self.folder.samples, read_samples, self.console)):
             self.console.show(f"\n{first['prompt'].strip()}")
             self.console.show(f"  before  {first['answer'].strip()}")
             self.console.show(f"  after   {last['answer'].strip()}")
@@ -735,22 +747,30 @@ def _heard(signal: Signals) -> str:
     return f"{signal.name} received: saving as soon as it is possible; a second Ctrl+C stops without saving"
 
 
-def _exact_match(folder: RunFolder) -> dict[str, float]:
+def _logged(path: Path, read: Callable[[Path], list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
+    """The lines of a log, or none where it is damaged, which is said: it must not undo a result that is verified."""
+    try:
+        return read(path)
+    except (OSError, CheckpointError) as error:
+        console.warn(f"{error}; what it tells of the run is left out here")
+        return []
+
+
+def _exact_match(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """The first and the last exact-match score of metrics.jsonl, where there are any."""
-    scores = [line["exact_match"] for line in read_metrics(folder.metrics) if "exact_match" in line]
+    scores = [line["exact_match"] for line in metrics if isinstance(line.get("exact_match"), int | float)]
     if len(scores) < 2:  # a line that could not be written is no score
         return {}
     return {"exact_match_before": scores[0], "exact_match_after": scores[-1]}
 
 
-def _answers_before_and_after(folder: RunFolder) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _answers_before_and_after(samples: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The lines of samples.jsonl of the first and of the last evaluation, for each prompt that stands in both.
 
     How many are answered may change where a run is continued.
     """
-    lines = read_metrics(folder.samples)
-    if not lines:
+    if not samples:
         return []
-    before, after = ([line for line in lines if line["step"] == end["step"]] for end in (lines[0], lines[-1]))
+    before, after = ([line for line in samples if line["step"] == end["step"]] for end in (samples[0], samples[-1]))
     answered = {line["place"]: line for line in after}
     return [(line, answered[line["place"]]) for line in before if line["place"] in answered]
