@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ import yaml
 from safetensors.torch import load_file
 
 from trainkit.cli import run
+from trainkit.run_folder import RunFolder
 from trainkit.training import loop
 from trainkit.training.interruption import Interruption
+from trainkit.training.run_record import read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -270,6 +273,35 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued_fr
     assert "continues after step 3" in said
     assert (folder / "final" / "adapter_model.safetensors").read_bytes() == result
     assert (folder / "checkpoints" / "step-000004.aside-1" / "weights.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("how", ["removed", "damaged"])
+def test_a_run_whose_checkpoints_are_lost_says_that_it_begins_anew(
+    small_recipe: dict[str, Any],
+    tmp_path: Path,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path, folder = tmp_path / "recipe.yaml", RunFolder(Path(small_recipe["output_dir"]))
+    path.write_text(yaml.safe_dump(small_recipe))
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 0
+    assert "begins anew" not in said
+    record = read_record(folder)
+    assert record is not None
+    write_record(folder, replace(record, finished=False))  # as if interrupted
+    logged = len(folder.metrics.read_text().splitlines())
+    if how == "removed":
+        shutil.rmtree(folder.checkpoints)
+    for weights in folder.checkpoints.glob("*/weights.safetensors"):
+        weights.write_bytes(b"")
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 0, said
+    place = f"{folder.checkpoints} ({logged} logged lines are dropped)"
+    assert f"run        begins anew: no checkpoint to continue from in {place}" in said.splitlines()
+    assert len(folder.metrics.read_text().splitlines()) == logged
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])

@@ -357,6 +357,10 @@ def _continued(
     """Take over what the recipe changes for the rest of the run, and say what follows from it."""
     plan, done = trainer.plan, 0 if start.checkpoint is None else step_of(Path(start.checkpoint))
     sentences = [f"changed: {change}" for change in earlier.changes]
+    if start.checkpoint is None:
+        lines = folder.metrics.read_bytes().count(b"\n") if folder.metrics.is_file() else 0
+        dropped = f" ({lines} logged lines are dropped)" if lines else ""
+        sentences.append(f"begins anew: no checkpoint to continue from in {folder.checkpoints}{dropped}")
     if any(change.startswith(LENGTH) for change in earlier.changes) and done < plan.steps:
         before = make_plan(
             earlier.recipe.training,
