@@ -27,7 +27,7 @@ from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
 from trainkit.model.result_folder import check_free
 from trainkit.model.trusted_code import FLAG as TRUST_FLAG
-from trainkit.recipe.reader import read_recipe, recipe_as_yaml
+from trainkit.recipe.reader import recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
 from trainkit.training.agreement import check_agreement, given_here
 from trainkit.training.assembly import Base, assemble, base_fingerprint, check_sharding, read_base, whole_model
@@ -68,6 +68,7 @@ from trainkit.training.run_record import (
     has_begun,
     locked,
     put_aside,
+    read_own_recipe,
     read_record,
 )
 from trainkit.training.saving import Saver, check_space
@@ -325,7 +326,7 @@ def _earlier_run(folder: RunFolder, recipe: Recipe, base: Base, data: PreparedDa
     changes = check_continuation(
         folder, record, recipe, data_key=data.key, base_model=fingerprint, trusted_code=_trusted_code(base)
     )
-    return EarlierRun(record, read_recipe(str(folder.recipe)).recipe, tuple(changes))
+    return EarlierRun(record, read_own_recipe(folder), tuple(changes))
 
 
 def _trusted_code(base: Base) -> str:

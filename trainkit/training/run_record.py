@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from trainkit.errors import CheckpointError, MachineError, UsageError
+from trainkit.errors import CheckpointError, MachineError, RecipeErrors, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
 from trainkit.run_folder import (
     DISK_FULL,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TRIED_BYTES = 2**12
+MOST_LETTERS = 60  # of why a recipe cannot be read
 # What may differ between a run and its continuation. Where it lies, what is looked at, what is kept:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
 # What is done when something goes wrong:
@@ -197,7 +198,10 @@ def read_record(folder: RunFolder) -> RunRecord | None:
     try:
         content = json.loads(folder.marker.read_bytes())
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{folder.marker}: format {content['format']}, this trainkit reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder.marker}: format {content['format']}, this trainkit reads {FORMAT}; use the trainkit that "
+                "wrote it, or --fresh, which begins anew"
+            )
         record = RunRecord(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.marker}: damaged ({type(error).__name__}); --fresh begins anew") from error
@@ -205,6 +209,17 @@ def read_record(folder: RunFolder) -> RunRecord | None:
     if wrong:
         raise CheckpointError(f"{folder.marker}: damaged ({wrong[0]}); --fresh begins anew")
     return record
+
+
+def read_own_recipe(folder: RunFolder) -> Recipe:
+    """The recipe of the run in ``folder``. Raises CheckpointError when it is missing or damaged."""
+    if not folder.recipe.is_file():
+        raise CheckpointError(f"{folder.recipe}: missing; restore it, or --fresh begins anew")
+    try:
+        return read_recipe(str(folder.recipe)).recipe
+    except RecipeErrors as error:
+        reason = error.lines[0].removeprefix(f"{folder.recipe}:")[:MOST_LETTERS]
+        raise CheckpointError(f"{folder.recipe}: damaged ({reason}); restore it, or --fresh begins anew") from error
 
 
 def has_begun(folder: RunFolder) -> bool:
@@ -258,7 +273,7 @@ def check_continuation(
 
     Raises CheckpointError, naming what differs, when it is not that run.
     """
-    before = read_recipe(str(folder.recipe)).recipe
+    before = read_own_recipe(folder)
     changed = recipe_differences(before, recipe)
     differing = [line for key, line in changed.items() if key not in POLICY + LENGTH + FITTING]
     if record.trusted_code != trusted_code:
