@@ -275,6 +275,30 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued_fr
     assert (folder / "checkpoints" / "step-000004.aside-1" / "weights.safetensors").read_bytes() == content
 
 
+def test_a_run_folder_that_was_moved_is_named_with_what_continues_it(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path, folder, moved = tmp_path / "recipe.yaml", Path(small_recipe["output_dir"]), tmp_path / "moved here"
+    path.write_text(yaml.safe_dump(small_recipe))
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert (code, "not the run folder" in said) == (0, False)
+    code, said = said_by(["fine-tune", str(folder / "recipe.yaml")], capfd)
+    assert (code, "not the run folder" in said) == (0, False)
+    folder.rename(moved)
+    own = str(moved / "recipe.yaml")
+    code, said = said_by(["fine-tune", own], capfd)
+    assert code == 0
+    warned = f"warning: output_dir: {folder}, not the run folder that {own} lies in; "
+    [line] = (line for line in said.splitlines() if line.startswith(warned))
+    assert (folder / "final").is_dir()
+    options = shlex.split(line.removeprefix(warned).removesuffix(" continues that"))
+    code, said = said_by(["fine-tune", own, *options], capfd)
+    assert code == 0
+    assert f"already finished, nothing to do: {moved}" in said
+    assert "not the run folder" not in said
+
+
 @pytest.mark.parametrize("how", ["removed", "damaged"])
 def test_a_run_whose_checkpoints_are_lost_says_that_it_begins_anew(
     small_recipe: dict[str, Any],

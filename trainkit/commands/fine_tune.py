@@ -66,6 +66,7 @@ from trainkit.training.run_record import (
     continue_run,
     finish_run,
     has_begun,
+    is_ours,
     locked,
     put_aside,
     read_own_recipe,
@@ -114,6 +115,7 @@ def _run(
 ) -> dict[str, Any]:
     recipe = read.recipe
     folder = check_output(recipe.output_dir)
+    _warn_if_moved(read, folder, console)
     check_extras(recipe)
     check_trackers(recipe.tracking)
     device = device_of_this_process()
@@ -181,6 +183,16 @@ def _run(
         )
         run = Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory, saver)
         return run.to_the_end(checkpoint)
+
+
+def _warn_if_moved(read: ReadRecipe, folder: RunFolder, console: Console) -> None:
+    """Say that a run's own recipe names another folder than the one it lies in: nothing of this one is continued."""
+    if not read.path or read.origins["output_dir"] == "--set":
+        return
+    here = RunFolder(Path(read.path).resolve().parent)
+    if here.root != folder.root and here.marker.is_file() and is_ours(here.marker):
+        option = shlex.join(["--set", f"output_dir={here.root}"])
+        console.warn(f"output_dir: {folder.root}, not the run folder that {read.path} lies in; {option} continues that")
 
 
 def _met(

@@ -92,7 +92,7 @@ def check_output(output_dir: str) -> RunFolder:
     for entry in (folder.checkpoints, folder.final, folder.metrics, folder.samples):
         if leads_out(entry, folder.root):
             raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
-    if taken and not (folder.marker.is_file() and _is_ours(folder.marker)):
+    if taken and not (folder.marker.is_file() and is_ours(folder.marker)):
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
     try:
         _try_to_write(there, folder)
@@ -123,7 +123,7 @@ def shortened(path: str, most: int = 80) -> str:
     return path if len(path) <= most else f"...{path[-most:]}"
 
 
-def _is_ours(marker: Path) -> bool:
+def is_ours(marker: Path) -> bool:
     """Whether a run.json can be trainkit's: damaged, or a mapping with a run id; not that of another program."""
     try:
         content = json.loads(marker.read_bytes())
