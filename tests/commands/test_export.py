@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from trainkit.model.adapters import attach_adapter
 from trainkit.model.export import save_result
 from trainkit.model.loading import load_model, load_tokenizer
 from trainkit.model.locating import locate_model
+from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Adapter, Model
+from trainkit.run_folder import RunFolder
+from trainkit.training.run_record import continue_run, read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,3 +88,36 @@ def test_a_full_model_has_nothing_to_merge(
 ) -> None:
     assert trainkit(["export", str(make_run(None)), "--merge"]) == 2
     assert "is a full model, there is no adapter to merge" in capsys.readouterr().err
+
+
+def test_the_result_of_a_run_that_has_gone_on_is_not_merged(
+    fine_tune: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is there, and older than the run: of the steps that the run was first given."""
+    folder = RunFolder(fine_tune().folder)
+    finished = read_record(folder)
+    assert finished is not None
+    begun = continue_run(folder, finished, read_recipe(str(folder.recipe)).recipe, micro_batch_size=4)
+    arguments = ["export", str(folder.root), "--merge", "--output", str(tmp_path / "merged")]
+    for trusted, flag in (("", ""), ("a/b@c", " --trust-remote-code a/b@c")):
+        write_record(folder, replace(begun, trusted_code=trusted))
+        assert trainkit(arguments) == 2
+        [line] = capfd.readouterr().err.splitlines()
+        command = f"trainkit fine-tune {folder.recipe}{flag}"
+        assert line.startswith(f"error: {folder.root}: the run is not finished, and final/ may be older; ")
+        assert line.endswith(f"to finish it: {command}")
+    assert not (tmp_path / "merged").exists()
+    write_record(folder, finished)
+    assert trainkit(arguments) == 0
+
+
+@pytest.mark.parametrize("also_gone", ["adapter_model.safetensors", "SHA256SUMS"])
+def test_an_adapter_without_its_configuration_is_no_full_model(
+    make_run: Callable[[Adapter | None], Path], also_gone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = make_run(Adapter(r=4)) / "final"
+    (final / "adapter_config.json").unlink()
+    (final / also_gone).unlink()
+    assert trainkit(["export", str(final.parent), "--merge"]) == 4
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"error: {final / 'adapter_config.json'}: missing; restore it"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.distributed.workbench import Started, Workbench, largest_difference
+from tests.distributed.workbench import Started, Workbench, largest_difference, write_conversations
 from trainkit.cli import run
 from trainkit.commands.launch import read_launch_file
 from trainkit.errors import UsageError
@@ -269,6 +269,66 @@ def test_two_launchers_meet(bench: Workbench, kind: str) -> None:
     assert line.startswith("error: process 1 was killed (SIGKILL)")
     [line] = first.error_lines()
     assert line.startswith("error: another process of this run is gone or does not answer")
+
+
+ON_MACHINE_TWO: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "learning rate": ({}, ("--set", "training.learning_rate=1e-9"), "training.learning_rate is 1e-09, and 0.003 in"),
+    "seed": ({}, ("--set", "training.seed=1"), "training.seed is 1, and 42 in"),
+    "folder": ({}, ("--set", "output_dir=another"), "output_dir is ..."),
+    "evaluation": ({}, ("--set", "evaluation.every_steps=3"), "evaluation.every_steps is 3, and 7 in"),
+    "no adapter": ({}, ("--set", "adapter=null"), "adapter.type is null, and lora in process 0 (7 more differ)"),
+    "kind": (
+        {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+        (),
+        "distributed_type is FSDP2, and DDP in",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["learning rate", *(pytest.param(what, marks=pytest.mark.long) for what in list(ON_MACHINE_TWO)[1:])],
+)
+def test_two_machines_that_were_given_different_things_do_not_train(bench: Workbench, what: str) -> None:
+    changes, options, says = ON_MACHINE_TWO[what]
+    recipe, port = bench.recipe("disagreeing"), free_port()
+    name = f"disagreeing-{what}".replace(" ", "-")
+    files = [machine_file(bench, name, rank, "127.0.0.1", port, **given) for rank, given in enumerate(({}, changes))]
+    started = [
+        bench.start(recipe, None, "--launch", str(file), *given)
+        for file, given in zip(files, ((), options), strict=True)
+    ]
+    first, second = (one.end() for one in started)
+    for ended in (first, second):
+        assert ended.code == 2, ended.said
+        [line] = ended.error_lines()
+        assert line.startswith(f"error: process 1 ({socket.gethostname()}): {says}"), line
+        assert len(line) <= 207
+    assert not (bench.root / "disagreeing").exists()
+    assert not (bench.root / "another").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_another_copy_of_data_or_model_under_the_same_name_does_not_train(bench: Workbench, what: str) -> None:
+    rooms = [Workbench(bench.root / f"copy-{what}-{side}", bench.base) for side in "ab"]
+    for number, room in enumerate(rooms):
+        shutil.copytree(bench.base["model"]["name"], room.root / "model")
+        write_conversations(room.root / "train.jsonl", 57, seed=number if what == "data" else 7)
+    if what == "model":
+        weights = rooms[1].root / "model" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    changes = {"model": {"name": "./model"}, "data": {"train": "train.jsonl"}}
+    recipe, port = rooms[0].recipe("run", changes), free_port()
+    files = [machine_file(bench, f"copy-{what}", rank, "127.0.0.1", port) for rank in (0, 1)]
+    started = [room.start(recipe, None, "--launch", str(file)) for room, file in zip(rooms, files, strict=True)]
+    says = "data.train: its data, tokenizer or" if what == "data" else "model.name: its base model is another copy"
+    for ended in [one.end() for one in started]:
+        assert ended.code == 2, ended.said
+        [line] = ended.error_lines()
+        assert line.startswith(f"error: process 1 ({socket.gethostname()}): {says}"), line
 
 
 @pytest.fixture

@@ -570,6 +570,30 @@ def test_a_report_that_cannot_be_written_is_no_failed_run(room: Room, capfd: Sai
     assert json.loads((room.run_folder / "run.json").read_text())["finished"]
 
 
+@pytest.mark.parametrize("damage", ["{\n", "{}\n", '{"step": "x", "exact_match": "y", "loss": "z"}\n', "\udcff\n"])
+@pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
+def test_a_damaged_log_is_no_failed_run(
+    room: Room, stopped_after: Callable[[int], None], capfd: Said, log: str, damage: str
+) -> None:
+    room.recipe["data"]["eval"] = 0.2
+    room.recipe["evaluation"] = {"samples": 1, "exact_match": 1, "max_new_tokens": 2}
+    stopped_after(6)
+    assert room.fine_tune() == 75
+    path = room.run_folder / log
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    line = damage.encode("utf-8", "surrogateescape")
+    path.write_bytes(b"".join([line[:-1].ljust(len(first) - 1) + b"\n", *others]))  # the length is known to be that
+    capfd.readouterr()
+    assert room.fine_tune() == 0
+    said = capfd.readouterr().err
+    if damage != "{}\n" or log == "samples.jsonl":
+        assert log in said
+        assert all(line.startswith("warning: ") for line in said.splitlines() if log in line)
+    assert json.loads((room.run_folder / "run.json").read_text())["finished"]
+    summary = json.loads((room.run_folder / "summary.json").read_text())
+    assert ("exact_match_before" in summary) == (log == "samples.jsonl")
+
+
 # --- the result
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ import yaml
 from safetensors.torch import load_file
 
 from trainkit.cli import run
+from trainkit.run_folder import RunFolder
 from trainkit.training import loop
 from trainkit.training.interruption import Interruption
+from trainkit.training.run_record import read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -270,6 +273,59 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued_fr
     assert "continues after step 3" in said
     assert (folder / "final" / "adapter_model.safetensors").read_bytes() == result
     assert (folder / "checkpoints" / "step-000004.aside-1" / "weights.safetensors").read_bytes() == content
+
+
+def test_a_run_folder_that_was_moved_is_named_with_what_continues_it(
+    small_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path, folder, moved = tmp_path / "recipe.yaml", Path(small_recipe["output_dir"]), tmp_path / "moved here"
+    path.write_text(yaml.safe_dump(small_recipe))
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert (code, "not the run folder" in said) == (0, False)
+    code, said = said_by(["fine-tune", str(folder / "recipe.yaml")], capfd)
+    assert (code, "not the run folder" in said) == (0, False)
+    folder.rename(moved)
+    own = str(moved / "recipe.yaml")
+    code, said = said_by(["fine-tune", own], capfd)
+    assert code == 0
+    warned = f"warning: output_dir: {folder}, not the run folder that {own} lies in; "
+    [line] = (line for line in said.splitlines() if line.startswith(warned))
+    assert (folder / "final").is_dir()
+    options = shlex.split(line.removeprefix(warned).removesuffix(" continues that"))
+    code, said = said_by(["fine-tune", own, *options], capfd)
+    assert code == 0
+    assert f"already finished, nothing to do: {moved}" in said
+    assert "not the run folder" not in said
+
+
+@pytest.mark.parametrize("how", ["removed", "damaged"])
+def test_a_run_whose_checkpoints_are_lost_says_that_it_begins_anew(
+    small_recipe: dict[str, Any],
+    tmp_path: Path,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRAINKIT_CACHE", str(tmp_path / "cache"))
+    path, folder = tmp_path / "recipe.yaml", RunFolder(Path(small_recipe["output_dir"]))
+    path.write_text(yaml.safe_dump(small_recipe))
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 0
+    assert "begins anew" not in said
+    record = read_record(folder)
+    assert record is not None
+    write_record(folder, replace(record, finished=False))  # as if interrupted
+    logged = len(folder.metrics.read_text().splitlines())
+    if how == "removed":
+        shutil.rmtree(folder.checkpoints)
+    for weights in folder.checkpoints.glob("*/weights.safetensors"):
+        weights.write_bytes(b"")
+    code, said = said_by(["fine-tune", str(path)], capfd)
+    assert code == 0, said
+    place = f"{folder.checkpoints} ({logged} logged lines are dropped)"
+    assert f"run        begins anew: no checkpoint to continue from in {place}" in said.splitlines()
+    assert len(folder.metrics.read_text().splitlines()) == logged
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])

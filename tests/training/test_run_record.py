@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -259,8 +260,29 @@ def test_a_damaged_record_is_named(folder: RunFolder, content: str) -> None:
 
 def test_a_record_of_another_format_is_named(folder: RunFolder, begun: RunRecord) -> None:
     folder.marker.write_text(json.dumps({**vars(begun), "format": FORMAT + 1}))
-    with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}, this trainkit reads {FORMAT}"):
+    with pytest.raises(CheckpointError, match=f"format {FORMAT + 1}, this trainkit reads {FORMAT}; .* --fresh"):
         read_record(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, r"missing; restore it, or --fresh begins anew$"),
+        ("", r"damaged \(1:1: the recipe is empty; .*\); restore it, or --fresh begins anew$"),
+        ("model: {", r"damaged \(\d+:.*\); restore it, or --fresh begins anew$"),
+        ("no_such_key: 1\n", r"damaged \(1:1: no_such_key: .*\); restore it, or --fresh begins anew$"),
+        ("\udcff", r"damaged \(.*\); restore it, or --fresh begins anew$"),
+    ],
+)
+def test_a_lost_recipe_of_a_run_is_named(folder: RunFolder, begun: RunRecord, content: str | None, says: str) -> None:
+    if content is None:
+        folder.recipe.unlink()
+    else:
+        folder.recipe.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(folder.recipe))}: {says}") as caught:
+        continuation(folder, begun, RECIPE)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 140 + len(str(folder.recipe))
 
 
 @pytest.mark.usefixtures("begun")

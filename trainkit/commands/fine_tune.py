@@ -27,8 +27,9 @@ from trainkit.model.loading import check_extras
 from trainkit.model.precision import plan_precision
 from trainkit.model.result_folder import check_free
 from trainkit.model.trusted_code import FLAG as TRUST_FLAG
-from trainkit.recipe.reader import read_recipe, recipe_as_yaml
+from trainkit.recipe.reader import recipe_as_yaml
 from trainkit.run_folder import RunFolder, write_json
+from trainkit.training.agreement import check_agreement, given_here
 from trainkit.training.assembly import Base, assemble, base_fingerprint, check_sharding, read_base, whole_model
 from trainkit.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, step_of
 from trainkit.training.environment import describe_environment
@@ -36,7 +37,15 @@ from trainkit.training.evaluation import Answer, answer_prompts, check_last_upda
 from trainkit.training.heartbeats import heartbeats
 from trainkit.training.interruption import Interruption
 from trainkit.training.loop import Trainer, check_against_ledger, json_numbers, rehearse, remarks, train
-from trainkit.training.metrics import MetricsLog, NoLog, Trackers, check_trackers, open_trackers, read_metrics
+from trainkit.training.metrics import (
+    MetricsLog,
+    NoLog,
+    Trackers,
+    check_trackers,
+    open_trackers,
+    read_metrics,
+    read_samples,
+)
 from trainkit.training.plan import learning_rate_at, make_plan
 from trainkit.training.processes import (
     any_of,
@@ -57,16 +66,22 @@ from trainkit.training.run_record import (
     continue_run,
     finish_run,
     has_begun,
+    is_ours,
     locked,
     put_aside,
+    read_own_recipe,
     read_record,
 )
 from trainkit.training.saving import Saver, check_space
 from trainkit.training.step import HalfUpdatedError, StopRequested
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
 
+    import torch
+    from accelerate import Accelerator
+
+    from trainkit.model.precision import PrecisionPlan
     from trainkit.model.trusted_code import Trust
     from trainkit.recipe.reader import ReadRecipe
     from trainkit.recipe.schema import Recipe
@@ -100,6 +115,7 @@ def _run(
 ) -> dict[str, Any]:
     recipe = read.recipe
     folder = check_output(recipe.output_dir)
+    _warn_if_moved(read, folder, console)
     check_extras(recipe)
     check_trackers(recipe.tracking)
     device = device_of_this_process()
@@ -121,8 +137,7 @@ def _run(
             stack.enter_context(locked(folder))
             earlier = None if fresh else _earlier_run(folder, recipe, base, data)
             start = _start(recipe, folder, earlier, base, data, device, here, console, fresh=fresh)
-        with interruption.ending_at_once() if here.processes > 1 else nullcontext():
-            accelerator = make_accelerator()
+        accelerator = _met(recipe, folder, base, data, precision, here, interruption)
         start = Start(**from_first(accelerator, asdict(start)))
         if start.finished:
             _show_facts(console, [("run", f"already finished, nothing to do: {folder.final} (--fresh trains anew)")])
@@ -168,6 +183,42 @@ def _run(
         )
         run = Run(read, folder, record, base, encoder, data, trainer, interruption, console, memory, saver)
         return run.to_the_end(checkpoint)
+
+
+def _warn_if_moved(read: ReadRecipe, folder: RunFolder, console: Console) -> None:
+    """Say that a run's own recipe names another folder than the one it lies in: nothing of this one is continued."""
+    if not read.path or read.origins["output_dir"] == "--set":
+        return
+    here = RunFolder(Path(read.path).resolve().parent)
+    if here.root != folder.root and here.marker.is_file() and is_ours(here.marker):
+        option = shlex.join(["--set", f"output_dir={here.root}"])
+        console.warn(f"output_dir: {folder.root}, not the run folder that {read.path} lies in; {option} continues that")
+
+
+def _met(
+    recipe: Recipe,
+    folder: RunFolder,
+    base: Base,
+    data: PreparedData,
+    precision: PrecisionPlan,
+    here: Launched,
+    interruption: Interruption,
+) -> Accelerator:
+    """Where the processes of the run meet. Raises UsageError in all of them unless they were given the same."""
+    with interruption.ending_at_once() if here.processes > 1 else nullcontext():
+        accelerator = make_accelerator()
+    if here.processes > 1:  # before any other collective, since those of two kinds of run do not match
+        given = given_here(
+            recipe,
+            output_dir=folder.root,
+            precision=precision.name,
+            shards=here.shards,
+            trusted_code=_trusted_code(base),
+            data_key=data.key,
+            base_model=base_fingerprint(base.location),
+        )
+        check_agreement(accelerator, given)
+    return accelerator
 
 
 @dataclass(frozen=True)
@@ -236,6 +287,8 @@ def _write_page(folder: RunFolder, console: Console) -> None:
         write_report(folder)
     except (OSError, CheckpointError) as error:
         console.warn(f"{folder.report}: not written: {error}")
+    except (LookupError, TypeError, ValueError):  # a line that is JSON, and yet none of ours
+        console.warn(f"{folder.report}: not written: {folder.metrics.name} or {folder.samples.name} is damaged")
 
 
 def _say_at_once(console: Console, line: str) -> None:
@@ -285,7 +338,7 @@ def _earlier_run(folder: RunFolder, recipe: Recipe, base: Base, data: PreparedDa
     changes = check_continuation(
         folder, record, recipe, data_key=data.key, base_model=fingerprint, trusted_code=_trusted_code(base)
     )
-    return EarlierRun(record, read_recipe(str(folder.recipe)).recipe, tuple(changes))
+    return EarlierRun(record, read_own_recipe(folder), tuple(changes))
 
 
 def _trusted_code(base: Base) -> str:
@@ -317,6 +370,10 @@ def _continued(
     """Take over what the recipe changes for the rest of the run, and say what follows from it."""
     plan, done = trainer.plan, 0 if start.checkpoint is None else step_of(Path(start.checkpoint))
     sentences = [f"changed: {change}" for change in earlier.changes]
+    if start.checkpoint is None:
+        lines = folder.metrics.read_bytes().count(b"\n") if folder.metrics.is_file() else 0
+        dropped = f" ({lines} logged lines are dropped)" if lines else ""
+        sentences.append(f"begins anew: no checkpoint to continue from in {folder.checkpoints}{dropped}")
     if any(change.startswith(LENGTH) for change in earlier.changes) and done < plan.steps:
         before = make_plan(
             earlier.recipe.training,
@@ -663,7 +720,7 @@ class Run:
             "save_paused_seconds": self.saver.paused_seconds,
             "ledger": ledger.to_json(),
         }
-        summary |= _exact_match(self.folder)
+        summary |= _exact_match(_logged(self.folder.metrics, read_metrics, self.console))
         write_json(self.folder.summary, summary)
         _write_page(self.folder, self.console)
         finish_run(self.folder, self.record)
@@ -671,7 +728,7 @@ class Run:
         return summary
 
     def _show_outcome(self, summary: dict[str, Any], sentences: tuple[str, ...]) -> None:
-        for first, last in _answers_before_and_after(self.folder):
+        for first, last in _answers_before_and_after(_logged(self.folder.samples, read_samples, self.console)):
             self.console.show(f"\n{first['prompt'].strip()}")
             self.console.show(f"  before  {first['answer'].strip()}")
             self.console.show(f"  after   {last['answer'].strip()}")
@@ -707,22 +764,30 @@ def _heard(signal: Signals) -> str:
     return f"{signal.name} received: saving as soon as it is possible; a second Ctrl+C stops without saving"
 
 
-def _exact_match(folder: RunFolder) -> dict[str, float]:
+def _logged(path: Path, read: Callable[[Path], list[dict[str, Any]]], console: Console) -> list[dict[str, Any]]:
+    """The lines of a log, or none where it is damaged, which is said: it must not undo a result that is verified."""
+    try:
+        return read(path)
+    except (OSError, CheckpointError) as error:
+        console.warn(f"{error}; what it tells of the run is left out here")
+        return []
+
+
+def _exact_match(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """The first and the last exact-match score of metrics.jsonl, where there are any."""
-    scores = [line["exact_match"] for line in read_metrics(folder.metrics) if "exact_match" in line]
+    scores = [line["exact_match"] for line in metrics if isinstance(line.get("exact_match"), int | float)]
     if len(scores) < 2:  # a line that could not be written is no score
         return {}
     return {"exact_match_before": scores[0], "exact_match_after": scores[-1]}
 
 
-def _answers_before_and_after(folder: RunFolder) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _answers_before_and_after(samples: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The lines of samples.jsonl of the first and of the last evaluation, for each prompt that stands in both.
 
     How many are answered may change where a run is continued.
     """
-    lines = read_metrics(folder.samples)
-    if not lines:
+    if not samples:
         return []
-    before, after = ([line for line in lines if line["step"] == end["step"]] for end in (lines[0], lines[-1]))
+    before, after = ([line for line in samples if line["step"] == end["step"]] for end in (samples[0], samples[-1]))
     answered = {line["place"]: line for line in after}
     return [(line, answered[line["place"]]) for line in before if line["place"] in answered]

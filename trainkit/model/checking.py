@@ -156,12 +156,19 @@ def recorded_digests(folder: Path) -> dict[Path, str]:
         blob = path.resolve().name
         if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
             digests[path] = blob
-    if (folder / DIGESTS).is_file():
-        for line in (folder / DIGESTS).read_text(encoding="utf-8").splitlines():
-            match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/]+)", line)
-            if match and (folder / match[2]).is_file():
-                digests[folder / match[2]] = match[1]
+    for name, digest in recorded_names(folder).items():
+        if (folder / name).is_file():
+            digests[folder / name] = digest
     return digests
+
+
+def recorded_names(folder: Path) -> dict[str, str]:
+    """The files that SHA256SUMS lists, be they there or not, with their SHA-256; none where it is not there."""
+    if not (folder / DIGESTS).is_file():
+        return {}
+    lines = (folder / DIGESTS).read_text(encoding="utf-8").splitlines()
+    matches = (re.fullmatch(r"([0-9a-f]{64}) [ *]([^/]+)", line) for line in lines)
+    return {match[2]: match[1] for match in matches if match}
 
 
 def sha256(path: Path) -> str:

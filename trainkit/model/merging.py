@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from trainkit.model.checking import (
     in_one_line,
     read_json,
     recorded_digests,
+    recorded_names,
     sha256,
     stored_dtype,
 )
@@ -43,7 +45,7 @@ from trainkit.model.locating import (
 )
 from trainkit.model.model_card import merged_card
 from trainkit.model.result_folder import check_free, new_folder
-from trainkit.model.trusted_code import needless, read_trust
+from trainkit.model.trusted_code import FLAG, needless, read_trust
 from trainkit.recipe.reader import read_recipe
 from trainkit.recipe.schema import Model, Packing
 from trainkit.run_folder import RunFolder
@@ -121,9 +123,9 @@ class MergeReport:
 def merge_adapter(run: Path, output: Path | None = None, trust: Trust | None = None) -> MergeReport:
     """Merge the adapter of the run folder ``run`` into its base model and write a plain model to ``output``.
 
-    ``trust`` is in the code that the base model needs. Raises UsageError when there is nothing to merge, ``output``
-    exists, recipe.yaml is damaged or the trust has no use, ModelError when base or adapter are damaged or when a check
-    fails: nothing is written then.
+    ``trust`` is in the code that the base model needs. Raises UsageError when there is nothing to merge, the run is
+    not finished, ``output`` exists, recipe.yaml is damaged or the trust has no use, ModelError when base or adapter are
+    damaged or when a check fails: nothing is written then.
     """
     folder = RunFolder(run)
     output = run / "merged" if output is None else output
@@ -174,11 +176,26 @@ def _check_run(folder: RunFolder) -> None:
     if not folder.final.is_dir():
         raise UsageError(f"{folder.root}: has no final/: the run is not finished; run trainkit fine-tune to its end")
     check_entries(folder.final)
+    _check_finished(folder)
     if not (folder.final / ADAPTER_CONFIG).is_file():
+        if (folder.final / ADAPTER_FILE).exists() or ADAPTER_CONFIG in recorded_names(folder.final):
+            raise ModelError(f"{folder.final / ADAPTER_CONFIG}: missing; restore it")
         raise UsageError(f"{folder.final}: is a full model, there is no adapter to merge: use it as it is")
     for path, recorded in recorded_digests(folder.final).items():
         if sha256(path) != recorded and path.name in {ADAPTER_FILE, ADAPTER_CONFIG}:
             raise ModelError(f"{path}: changed after it was written (SHA-256); restore it")
+
+
+def _check_finished(folder: RunFolder) -> None:
+    """Raise UsageError where the run has gone on since its result was written, and that is not of its last step."""
+    if not folder.marker.is_file():
+        return  # somebody took the result alone
+    record = read_json(folder.marker, missing="missing")
+    if record.get("finished") is not True:
+        trusted = record.get("trusted_code")
+        flag = (FLAG, str(trusted)) if trusted else ()
+        command = shlex.join(["trainkit", "fine-tune", str(folder.recipe), *flag])
+        raise UsageError(f"{folder.root}: the run is not finished, and final/ may be older; to finish it: {command}")
 
 
 def _base_of(folder: RunFolder, trust: Trust | None) -> ModelLocation:

@@ -145,7 +145,7 @@ def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl or samples.jsonl in order; a last line without its end is left out.
+    """The objects of a metrics.jsonl in order; a last line without its end is left out.
 
     Raises CheckpointError, naming the line, when another line is no JSON object.
     """
@@ -159,6 +159,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: is no JSON object; delete the line")
         records.append(record)
     return records
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl; raises CheckpointError as `read_metrics` does, and for a line that is no answer."""
+    samples = read_metrics(path)
+    for number, sample in enumerate(samples, 1):
+        texts = (sample.get(name) for name in ("place", "prompt", "reference", "answer"))
+        if not {"step", "match"} <= sample.keys() or not all(isinstance(text, str) for text in texts):
+            raise CheckpointError(f"{path}:{number}: is no answer to a prompt; delete the line")
+    return samples
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainkit.run_folder import write_atomically
-from trainkit.training.metrics import read_metrics
+from trainkit.training.metrics import read_metrics, read_samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,7 +71,7 @@ def write_report(folder: RunFolder) -> None:
 def report_page(folder: RunFolder) -> str:
     """The page as text."""
     metrics = read_metrics(folder.metrics) if folder.metrics.exists() else []
-    samples = read_metrics(folder.samples) if folder.samples.exists() else []
+    samples = read_samples(folder.samples) if folder.samples.exists() else []
     title = f"trainkit run: {folder.root.name}"
     sections = [
         _summary(metrics),

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from trainkit.errors import CheckpointError, MachineError, UsageError
+from trainkit.errors import CheckpointError, MachineError, RecipeErrors, UsageError
 from trainkit.recipe.reader import read_recipe, recipe_as_yaml
 from trainkit.run_folder import (
     DISK_FULL,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TRIED_BYTES = 2**12
+MOST_LETTERS = 60  # of why a recipe cannot be read
 # What may differ between a run and its continuation. Where it lies, what is looked at, what is kept:
 FREE_TO_CHANGE = ("output_dir", "evaluation", "checkpoints", "tracking")
 # What is done when something goes wrong:
@@ -75,7 +76,7 @@ def check_output(output_dir: str) -> RunFolder:
         reason = "there is no such home folder" if output_dir.startswith("~") else "it is a link to itself"
         if isinstance(error, OSError) and error.errno != errno.ELOOP:
             reason = str(error.strerror)
-        named = _shortened(output_dir)
+        named = shortened(output_dir)
         raise MachineError(f"output_dir: {named} cannot be used: {reason}; name a new folder") from error
     folder = RunFolder(root)
     try:
@@ -86,19 +87,19 @@ def check_output(output_dir: str) -> RunFolder:
         taken = root.is_dir() and not all(_is_of_a_beginning(path, folder) for path in root.iterdir())
     except OSError as error:
         raise MachineError(
-            f"output_dir: {_shortened(output_dir)} cannot be used: {error.strerror}; name a new folder"
+            f"output_dir: {shortened(output_dir)} cannot be used: {error.strerror}; name a new folder"
         ) from error
     for entry in (folder.checkpoints, folder.final, folder.metrics, folder.samples):
         if leads_out(entry, folder.root):
             raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
-    if taken and not (folder.marker.is_file() and _is_ours(folder.marker)):
+    if taken and not (folder.marker.is_file() and is_ours(folder.marker)):
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
     try:
         _try_to_write(there, folder)
     except OSError as error:
         mend = "free some space, or name a new folder" if error.errno in DISK_FULL else "name a new folder"
         raise MachineError(
-            f"output_dir: {_shortened(output_dir)} cannot be written: {error.strerror} (tried in {there}); {mend}"
+            f"output_dir: {shortened(output_dir)} cannot be written: {error.strerror} (tried in {there}); {mend}"
         ) from error
     return folder
 
@@ -117,12 +118,12 @@ def _try_to_write(there: Path, folder: RunFolder) -> None:
             path.unlink(missing_ok=True)
 
 
-def _shortened(path: str, most: int = 80) -> str:
+def shortened(path: str, most: int = 80) -> str:
     """The end of a long path, which tells more than its beginning."""
     return path if len(path) <= most else f"...{path[-most:]}"
 
 
-def _is_ours(marker: Path) -> bool:
+def is_ours(marker: Path) -> bool:
     """Whether a run.json can be trainkit's: damaged, or a mapping with a run id; not that of another program."""
     try:
         content = json.loads(marker.read_bytes())
@@ -197,7 +198,10 @@ def read_record(folder: RunFolder) -> RunRecord | None:
     try:
         content = json.loads(folder.marker.read_bytes())
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{folder.marker}: format {content['format']}, this trainkit reads {FORMAT}")
+            raise CheckpointError(
+                f"{folder.marker}: format {content['format']}, this trainkit reads {FORMAT}; use the trainkit that "
+                "wrote it, or --fresh, which begins anew"
+            )
         record = RunRecord(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.marker}: damaged ({type(error).__name__}); --fresh begins anew") from error
@@ -205,6 +209,17 @@ def read_record(folder: RunFolder) -> RunRecord | None:
     if wrong:
         raise CheckpointError(f"{folder.marker}: damaged ({wrong[0]}); --fresh begins anew")
     return record
+
+
+def read_own_recipe(folder: RunFolder) -> Recipe:
+    """The recipe of the run in ``folder``. Raises CheckpointError when it is missing or damaged."""
+    if not folder.recipe.is_file():
+        raise CheckpointError(f"{folder.recipe}: missing; restore it, or --fresh begins anew")
+    try:
+        return read_recipe(str(folder.recipe)).recipe
+    except RecipeErrors as error:
+        reason = error.lines[0].removeprefix(f"{folder.recipe}:")[:MOST_LETTERS]
+        raise CheckpointError(f"{folder.recipe}: damaged ({reason}); restore it, or --fresh begins anew") from error
 
 
 def has_begun(folder: RunFolder) -> bool:
@@ -258,7 +273,7 @@ def check_continuation(
 
     Raises CheckpointError, naming what differs, when it is not that run.
     """
-    before = read_recipe(str(folder.recipe)).recipe
+    before = read_own_recipe(folder)
     changed = recipe_differences(before, recipe)
     differing = [line for key, line in changed.items() if key not in POLICY + LENGTH + FITTING]
     if record.trusted_code != trusted_code:
@@ -278,18 +293,18 @@ def check_continuation(
 
 def recipe_differences(before: Recipe, after: Recipe) -> dict[str, str]:
     """The keys that differ and are not free to change on a resume, each with ``key: before → after``."""
-    old, new = _flat(asdict(before)), _flat(asdict(after))
+    old, new = flattened(asdict(before)), flattened(asdict(after))
     return {
-        key: f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+        key: f"{key}: {shown(old.get(key))} → {shown(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_TO_CHANGE
     }
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as it stands in a recipe.
 
-    >>> _shown(None), _shown(True), _shown(2e-4)
+    >>> shown(None), shown(True), shown(2e-4)
     ('null', 'true', '0.0002')
     """
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
@@ -307,10 +322,10 @@ def continue_run(folder: RunFolder, record: RunRecord, recipe: Recipe, *, micro_
     return continued
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and sequences as one level of dotted keys.
 
-    >>> _flat({"a": {"b": 1}, "c": [2, {"d": 3}]})
+    >>> flattened({"a": {"b": 1}, "c": [2, {"d": 3}]})
     {'a.b': 1, 'c.0': 2, 'c.1.d': 3}
     """
     if isinstance(value, dict):
@@ -321,7 +336,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, entry in items:
-        flat |= _flat(entry, f"{prefix}.{key}" if prefix else key)
+        flat |= flattened(entry, f"{prefix}.{key}" if prefix else key)
     return flat
 
 
