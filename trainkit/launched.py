@@ -38,6 +38,7 @@ class Launched:
 ALONE = Launched()
 OUR_LAUNCHER = "TRAINKIT_LAUNCHER"  # its process id, for the processes that it starts
 LAUNCH_FILE = "TRAINKIT_LAUNCH_FILE"  # what it was given
+AGENTS_FILE = "TORCHELASTIC_ERROR_FILE"  # a file of this process in the folders of torch's elastic agent
 
 
 def launched() -> Launched:
@@ -101,16 +102,22 @@ def launch_option() -> tuple[str, ...]:
 
 
 def is_first_to_fail(exit_code: int) -> bool:
-    """Whether no other process of this launch, on this machine, has said why it fails; always so for a single one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Whether no other process of this launch, on this machine, has said why it fails.
+
+    Always so where no known launcher started this process: who else did, is not told of here.
+    """
+    mark = _mark()
+    if mark is None:
         return True
     try:
-        descriptor = os.open(_mark_of(os.getppid()), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        if _is_of_another_launch(mark):
+            mark.unlink(missing_ok=True)
+        descriptor = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         return False
     except OSError:
         return True
-    os.write(descriptor, str(exit_code).encode())
+    os.write(descriptor, f"{exit_code} {_own_rank()} {os.getpid()}".encode())
     os.close(descriptor)
     return True
 
@@ -119,17 +126,47 @@ def first_exit_code() -> int | None:
     """For the launcher: the exit code of the process that said why it fails; None where none did. Asked once."""
     mark = _mark_of(os.getpid())
     try:
-        code = int(mark.read_text())
-    except (OSError, ValueError):
+        code = int(mark.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
         return None
     with suppress(OSError):
         mark.unlink()
     return code
 
 
+def _mark() -> Path | None:
+    """A file that the first process to fail makes; None where nothing tells this launch from others.
+
+    torch's agent, which is also torchrun's, gives each attempt of each launch a folder, with one for each process.
+    """
+    if has_our_launcher():
+        return _mark_of(os.getppid())
+    file = os.environ.get(AGENTS_FILE)
+    return Path(file).parent.parent / "trainkit.failed" if file else None
+
+
 def _mark_of(launcher: int) -> Path:
-    """A file that the first process to fail makes; an earlier launcher with the same id began at another moment."""
+    """That of our own launcher, which removes it; an earlier one with the same id began at another moment."""
     import psutil
 
     began = int(psutil.Process(launcher).create_time() * 1000)
     return Path(tempfile.gettempdir()) / f"trainkit-{os.getuid()}-{launcher}-{began}.failed"
+
+
+def _is_of_another_launch(mark: Path) -> bool:
+    """Whether a mark is older than this process, or made by an earlier one in its place.
+
+    An agent's variables may stand in a shell that starts one command after another.
+    """
+    import psutil
+
+    try:
+        _, rank, process = mark.read_text().split()
+        made = mark.stat().st_mtime
+    except (OSError, ValueError):  # there is none, or it is just being written
+        return False
+    return made < psutil.Process().create_time() or (rank == _own_rank() and process != str(os.getpid()))
+
+
+def _own_rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -124,6 +124,26 @@ def test_what_all_find_is_said_once(bench: Workbench) -> None:
     assert line.startswith("error: training.tokens_per_step: 128 tokens are 1 rows of 128, fewer than the 2 processes")
 
 
+def test_what_all_find_under_torchrun_is_said_once_and_leaves_no_mark(bench: Workbench, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainkit")
+    options = ("--set", "training.seed=many")
+    ended = bench.start(
+        bench.recipe("wrong"), None, *options, program=torchrun, environment={"TMPDIR": str(tmp_path)}
+    ).end()
+    [line] = ended.error_lines()
+    assert line.startswith("error: --set training.seed: ")
+    assert list(tmp_path.glob("trainkit*")) == []
+
+
+def test_processes_that_nobody_launched_are_told_what_to_do(bench: Workbench) -> None:
+    ended = bench.run(bench.recipe("nobody"), environment={"WORLD_SIZE": "2"})
+    assert ended.code == 5, ended.said
+    [line] = ended.error_lines()
+    assert line.startswith("error: 2 processes were launched and did not meet: ")
+    assert line.endswith("; unset WORLD_SIZE, or use --launch or torchrun")
+    assert len(line) <= 200 + len("error: ")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["two-ddp", "two-fsdp2"])
 def test_errors_of_all_have_their_own_exit_code(bench: Workbench, kind: str) -> None:
