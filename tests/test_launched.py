@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from trainkit.launched import AGENTS_FILE, OUR_LAUNCHER, first_exit_code, is_first_to_fail
+from trainkit.cli import run
+from trainkit.launched import (
+    AGENTS_FILE,
+    OUR_LAUNCHER,
+    Launched,
+    check_environment,
+    first_exit_code,
+    is_first_to_fail,
+    launched,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+Said = pytest.CaptureFixture[str]
 ASKED = "from trainkit.launched import is_first_to_fail; print(is_first_to_fail(3))"
 
 
@@ -46,6 +56,54 @@ def starts(environment: dict[str, str]) -> subprocess.Popen[str]:
 
 def is_first(environment: dict[str, str]) -> bool:
     return starts(environment).communicate()[0] == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: 'abc' is no whole number of at least 1; unset it, or start the processes"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE: '' is no whole number of at least 1; "),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: '0' is no whole number of at least 1; "),
+        ({"RANK": "-1"}, "RANK: '-1' is no whole number of at least 0; "),
+        ({"LOCAL_RANK": "a"}, "LOCAL_RANK: 'a' is no whole number of at least 0; "),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: '0' is no whole number of at least 1; "),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: 2 of 2 processes (WORLD_SIZE); they count from 0; "),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK: is set, and WORLD_SIZE is not; unset it, or start the processes with "),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANK": "0"}, "LOCAL_RANK: is set, and MASTER_ADDR is not; "),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED: DeepSpeed is not supported; unset it"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "ACCELERATE_USE_MEGATRON_LM: Megatron is not supported; unset it"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG: tensor and context "),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND: compiling the model is not supported"),
+        ({"ACCELERATE_TORCH_DEVICE": "xyz"}, "ACCELERATE_TORCH_DEVICE: choosing the device is not supported, only "),
+    ],
+    ids=str,
+)
+def test_a_variable_that_was_left_behind_is_named(
+    environment: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(["fine-tune", "quickstart"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {says}")
+    assert len(line) <= 200
+
+
+def test_what_accelerate_launch_sets_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "false", "ACCELERATE_DYNAMO_BACKEND": "NO"}.items():
+        monkeypatch.setenv(name, value)
+    check_environment()
+    for rank in (0, 1):
+        for name, value in {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "RANK": f"{rank}",
+            "LOCAL_RANK": f"{rank}",
+        }.items():
+            monkeypatch.setenv(name, value)
+        check_environment()
+        assert launched() == Launched(processes=2, rank=rank, local_rank=rank, local_processes=2)
 
 
 def test_without_a_launcher_every_command_says_why_it_fails(temporary: Path) -> None:

@@ -23,7 +23,7 @@ import typer
 from trainkit import __version__
 from trainkit.console import Console
 from trainkit.errors import DataError, RecipeErrors, Stopped, TrainkitError, UsageError, first_line
-from trainkit.launched import has_our_launcher, is_first_to_fail, launched, terminal
+from trainkit.launched import check_environment, has_our_launcher, is_first_to_fail, launched, terminal
 from trainkit.model.trusted_code import FLAG, place_in_trusted_code, read_trust
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
@@ -128,6 +128,7 @@ def fine_tune_command(
 
     The same command run again resumes a run that was stopped.
     """
+    check_environment()
     trust = read_trust(trust_remote_code)
     read = _read(context, recipe, overrides, of_run=True)
     if launch is not None:

@@ -39,24 +39,59 @@ ALONE = Launched()
 OUR_LAUNCHER = "TRAINKIT_LAUNCHER"  # its process id, for the processes that it starts
 LAUNCH_FILE = "TRAINKIT_LAUNCH_FILE"  # what it was given
 AGENTS_FILE = "TORCHELASTIC_ERROR_FILE"  # a file of this process in the folders of torch's elastic agent
+UNSET = "unset it, or start the processes with --launch or torchrun"
+_OFF = ("", "0", "no", "false")
+NOT_SUPPORTED: dict[str, tuple[tuple[str, ...], str]] = {  # each with the values that ask for nothing
+    "ACCELERATE_USE_DEEPSPEED": (_OFF, "DeepSpeed is not supported"),
+    "ACCELERATE_USE_MEGATRON_LM": (_OFF, "Megatron is not supported"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "tensor and context parallelism are not supported"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "compiling the model is not supported"),
+    "ACCELERATE_TORCH_DEVICE": ((), "choosing the device is not supported, only ACCELERATE_USE_CPU=true is"),
+}
 
 
 def launched() -> Launched:
-    """Read the launcher's environment. Raises UsageError for FSDP in its first version."""
-    environment = os.environ
-    processes = int(environment.get("WORLD_SIZE", "1"))
+    """Read the launcher's environment.
+
+    Raises UsageError for a variable that no launcher sets so, and for FSDP in its first version.
+    """
+    processes, rank = _number("WORLD_SIZE", 1, least=1), _number("RANK", 0)
+    local_processes, local_rank = _number("LOCAL_WORLD_SIZE", 1, least=1), _number("LOCAL_RANK", 0)
     if processes == 1:
         return ALONE
-    shards = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if shards and environment.get("FSDP_VERSION", "1") != "2":
+    if rank >= processes:
+        raise UsageError(f"RANK: {rank} of {processes} processes (WORLD_SIZE); they count from 0; {UNSET}")
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if shards and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("fsdp_config.fsdp_version: 1 is not supported; set it to 2 in the launch file")
     return Launched(
         processes=processes,
-        rank=int(environment.get("RANK", "0")),
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
-        local_processes=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        rank=rank,
+        local_rank=local_rank,
+        local_processes=local_processes,
         shards=shards,
     )
+
+
+def _number(variable: str, otherwise: int, least: int = 0) -> int:
+    text = os.environ.get(variable, str(otherwise))
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < least:
+        raise UsageError(f"{variable}: {text[:40]!r} is no whole number of at least {least}; {UNSET}")
+    return number
+
+
+def check_environment() -> None:
+    """Raise UsageError for a variable that Accelerate would obey and this program does not know how to."""
+    for name, (harmless, what) in NOT_SUPPORTED.items():
+        if name in os.environ and os.environ[name].lower() not in harmless:
+            raise UsageError(f"{name}: {what}; unset it")
+    missing = next((name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR") if name not in os.environ), None)
+    if "LOCAL_RANK" in os.environ and missing and launched().processes == 1:
+        raise UsageError(f"LOCAL_RANK: is set, and {missing} is not; {UNSET}")
 
 
 def address_towards(address: str, port: int) -> str | None:
