@@ -246,6 +246,19 @@ def test_a_machine_that_waits_for_the_other_can_be_stopped(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_port_in_use_is_named(bench: Workbench) -> None:
+    """As it is where two machines are said to be the first one."""
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        file = machine_file(bench, "in-use", 0, "127.0.0.1", port)
+        ended = bench.run(bench.recipe("in-use"), None, "--launch", str(file))
+    assert ended.code == 5, ended.said
+    [line] = ended.error_lines()
+    assert line.startswith(f"error: main_process_port: {port} is in use on this machine; take another on all machines")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [None, "two-ddp"])
 def test_under_nohup_a_closed_terminal_stops_nothing(bench: Workbench, kind: str | None) -> None:
