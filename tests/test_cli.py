@@ -17,6 +17,7 @@ import typer
 
 from trainkit import __version__, errors
 from trainkit.cli import app, run
+from trainkit.launched import OUR_LAUNCHER
 from trainkit.recipe.keys import all_keys
 
 RECIPE = """\
@@ -185,6 +186,32 @@ def test_warnings_are_said_before_the_command_runs(capsys: Said) -> None:
     said = capsys.readouterr()
     assert said.err == "warning: --set evaluation.samples: has no effect: `data.eval` is not given\n"
     assert said.out == ""
+
+
+def test_what_a_launcher_has_warned_of_its_processes_do_not(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    warned_of = ["fine-tune", "recipe.yaml", "--set", "evaluation.samples=3"]
+    monkeypatch.setenv(OUR_LAUNCHER, str(os.getppid()))
+    assert run(warned_of) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(OUR_LAUNCHER, str(os.getpid()))  # of a process further up
+    assert run(warned_of) == 0
+    assert capsys.readouterr().err.startswith("warning: --set evaluation.samples: ")
+    assert len(calls) == 2
+
+
+def test_launched_processes_get_a_recipe_that_looks_like_an_option(
+    calls: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "-r.yaml").write_text(RECIPE)
+    module = ModuleType("launch")
+    module.launch = lambda _file, arguments: run(arguments)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trainkit.commands.launch", module)
+    assert run(["fine-tune", "--launch", "two.yaml", "--set", "training.seed=3", "--fresh", "--", "-r.yaml"]) == 0
+    ((_, (read,), named),) = calls
+    assert read.recipe.training.seed == 3
+    assert named == {"trust": None, "fresh": True, "json_output": False}
 
 
 def test_show_and_schema_print_results(capsys: Said) -> None:

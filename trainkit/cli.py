@@ -137,7 +137,7 @@ def fine_tune_command(
         options = [option for value in overrides or () for option in ("--set", value)]
         options += [] if trust is None else [FLAG, str(trust)]
         options += ["--fresh"] * fresh + ["--json"] * json_output + ["--debug"] * _session(context).debug
-        raise typer.Exit(in_processes(launch, ["fine-tune", recipe, *options]))
+        raise typer.Exit(in_processes(launch, ["fine-tune", *options, "--", recipe]))
     from trainkit.commands.fine_tune import fine_tune
 
     fine_tune(read, trust=trust, fresh=fresh, json_output=json_output)
@@ -435,7 +435,7 @@ def _read(
     if of_run:
         _session(context).run_folder = RunFolder(Path(read.recipe.output_dir))
     console = Console()
-    for line in read.warnings if launched().speaks else ():
+    for line in read.warnings if launched().speaks and not has_our_launcher() else ():  # which has said them
         console.warn(without_secrets(line))
     return read
 
