@@ -326,6 +326,8 @@ def test_ctrl_c_before_a_run_has_state(fails: Any, capsys: Said) -> None:
             "error: runs/a/x: Read-only file system; mend that",
         ),
         (OSError(errno.EIO, "Input/output error"), "error: runs/a: Input/output error; mend that and run"),
+        (OSError(errno.EMFILE, "Too many open files", "runs/a/x"), "error: this machine lets no more files be open; "),
+        (OSError(errno.ENFILE, "Too many open files in system"), "error: this machine lets no more files be open; "),
         (MemoryError(), "error: this machine is out of memory"),
     ],
 )
@@ -333,6 +335,18 @@ def test_what_the_machine_lacks_is_exit_5(fails: Any, error: Exception, line: st
     fails(error)
     assert run(["fine-tune", "recipe.yaml"]) == 5
     assert only_line(capsys).startswith(line)
+
+
+def test_a_current_folder_that_is_gone_is_exit_5(folder: Path) -> None:
+    """Otherwise a library of torch's ends the process, with a message and an exit code of its own."""
+    (folder / "gone").mkdir()
+    python = f"{shlex.quote(sys.executable)} -m trainkit"
+    command = f"rmdir ../gone && {python} fine-tune quickstart --set output_dir={shlex.quote(str(folder / 'run'))}"
+    done = subprocess.run(["sh", "-c", command], cwd=folder / "gone", capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert done.stderr == (
+        "error: the current folder is gone (No such file or directory); change to one that is there\n"
+    )
 
 
 def test_a_bug_leaves_its_traceback_in_a_file(fails: Any, folder: Path, capsys: Said) -> None:
