@@ -17,6 +17,7 @@ import typer
 
 from trainkit import __version__, errors
 from trainkit.cli import app, run
+from trainkit.launched import OUR_LAUNCHER
 from trainkit.recipe.keys import all_keys
 
 RECIPE = """\
@@ -187,6 +188,32 @@ def test_warnings_are_said_before_the_command_runs(capsys: Said) -> None:
     assert said.out == ""
 
 
+def test_what_a_launcher_has_warned_of_its_processes_do_not(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    warned_of = ["fine-tune", "recipe.yaml", "--set", "evaluation.samples=3"]
+    monkeypatch.setenv(OUR_LAUNCHER, str(os.getppid()))
+    assert run(warned_of) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(OUR_LAUNCHER, str(os.getpid()))  # of a process further up
+    assert run(warned_of) == 0
+    assert capsys.readouterr().err.startswith("warning: --set evaluation.samples: ")
+    assert len(calls) == 2
+
+
+def test_launched_processes_get_a_recipe_that_looks_like_an_option(
+    calls: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "-r.yaml").write_text(RECIPE)
+    module = ModuleType("launch")
+    module.launch = lambda _file, arguments: run(arguments)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trainkit.commands.launch", module)
+    assert run(["fine-tune", "--launch", "two.yaml", "--set", "training.seed=3", "--fresh", "--", "-r.yaml"]) == 0
+    ((_, (read,), named),) = calls
+    assert read.recipe.training.seed == 3
+    assert named == {"trust": None, "fresh": True, "json_output": False}
+
+
 def test_show_and_schema_print_results(capsys: Said) -> None:
     assert run(["show", "recipe.yaml"]) == 0
     shown = capsys.readouterr()
@@ -313,6 +340,8 @@ def test_ctrl_c_in_a_command_that_saves_nothing(
             "error: runs/a/x: Read-only file system; mend that",
         ),
         (OSError(errno.EIO, "Input/output error"), "error: runs/a: Input/output error; mend that and run"),
+        (OSError(errno.EMFILE, "Too many open files", "runs/a/x"), "error: this machine lets no more files be open; "),
+        (OSError(errno.ENFILE, "Too many open files in system"), "error: this machine lets no more files be open; "),
         (MemoryError(), "error: this machine is out of memory"),
     ],
 )
@@ -320,6 +349,18 @@ def test_what_the_machine_lacks_is_exit_5(fails: Any, error: Exception, line: st
     fails(error)
     assert run(["fine-tune", "recipe.yaml"]) == 5
     assert only_line(capsys).startswith(line)
+
+
+def test_a_current_folder_that_is_gone_is_exit_5(folder: Path) -> None:
+    """Otherwise a library of torch's ends the process, with a message and an exit code of its own."""
+    (folder / "gone").mkdir()
+    python = f"{shlex.quote(sys.executable)} -m trainkit"
+    command = f"rmdir ../gone && {python} fine-tune quickstart --set output_dir={shlex.quote(str(folder / 'run'))}"
+    done = subprocess.run(["sh", "-c", command], cwd=folder / "gone", capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert done.stderr == (
+        "error: the current folder is gone (No such file or directory); change to one that is there\n"
+    )
 
 
 def test_a_bug_leaves_its_traceback_in_a_file(fails: Any, folder: Path, capsys: Said) -> None:

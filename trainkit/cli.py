@@ -23,8 +23,8 @@ import typer
 
 from trainkit import __version__
 from trainkit.console import Console
-from trainkit.errors import DataError, RecipeErrors, Stopped, TrainkitError, UsageError, first_line
-from trainkit.launched import has_our_launcher, is_first_to_fail, launched, terminal
+from trainkit.errors import DataError, MachineError, RecipeErrors, Stopped, TrainkitError, UsageError, first_line
+from trainkit.launched import check_environment, has_our_launcher, is_first_to_fail, launched, terminal
 from trainkit.model.trusted_code import FLAG, place_in_trusted_code, read_trust
 from trainkit.recipe.packing_options import PackingOptions
 from trainkit.recipe.reader import Flag, ReadRecipe, read_recipe
@@ -35,6 +35,7 @@ from trainkit.signals import EXIT_CTRL_C, said_of
 
 EXIT_BUG, EXIT_USAGE, EXIT_MODEL, EXIT_MACHINE = 1, 2, 4, 5
 DISK_REFUSES = frozenset({errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
+TOO_MANY_FILES = frozenset({errno.EMFILE, errno.ENFILE})
 
 app = typer.Typer(
     name="trainkit",
@@ -130,6 +131,7 @@ def fine_tune_command(
 
     The same command run again resumes a run that was stopped.
     """
+    check_environment()
     trust = read_trust(trust_remote_code)
     read = _read(context, recipe, overrides, of_run=True)
     if launch is not None:
@@ -138,7 +140,7 @@ def fine_tune_command(
         options = [option for value in overrides or () for option in ("--set", value)]
         options += [] if trust is None else [FLAG, str(trust)]
         options += ["--fresh"] * fresh + ["--json"] * json_output + ["--debug"] * _session(context).debug
-        raise typer.Exit(in_processes(launch, ["fine-tune", recipe, *options]))
+        raise typer.Exit(in_processes(launch, ["fine-tune", *options, "--", recipe]))
     from trainkit.commands.fine_tune import fine_tune
 
     fine_tune(read, trust=trust, fresh=fresh, json_output=json_output)
@@ -447,7 +449,7 @@ def _read(
     if of_run:
         _session(context).run_folder = RunFolder(Path(read.recipe.output_dir))
     console = Console()
-    for line in read.warnings if launched().speaks else ():
+    for line in read.warnings if launched().speaks and not has_our_launcher() else ():  # which has said them
         console.warn(without_secrets(line))
     return read
 
@@ -457,6 +459,7 @@ def run(arguments: Sequence[str]) -> int:
     session = Session(debug="--debug" in arguments)
     try:
         _check_arguments(arguments)
+        _check_place()
         # --debug may stand anywhere: it is typed when the command has just failed
         code = _invoke([argument for argument in arguments if argument != "--debug"], session)
         sys.stdout.flush()
@@ -479,6 +482,14 @@ def _check_arguments(arguments: Sequence[str]) -> None:
                 f"argument {number} holds what looks like an access token or a password; give it through the "
                 "environment (HF_TOKEN, WANDB_API_KEY, ...) or log in with the service's own program"
             )
+
+
+def _check_place() -> None:
+    """Raise MachineError where the current folder has been deleted: libraries end the process when they ask for it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise MachineError(f"the current folder is gone ({error.strerror}); change to one that is there") from error
 
 
 def _invoke(arguments: list[str], session: Session) -> int:
@@ -513,6 +524,9 @@ def _failed(error: Exception, session: Session) -> int:
     if isinstance(error, OSError) and error.errno in DISK_REFUSES:
         place = error.filename or (session.run_folder.root if session.run_folder else "the disk")
         line = f"{place}: {error.strerror}; mend that and run the same command again"
+        return _say(error, [line], EXIT_MACHINE, session)
+    if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:
+        line = "this machine lets no more files be open; raise the limit (`ulimit -n`) and run the same command again"
         return _say(error, [line], EXIT_MACHINE, session)
     if isinstance(error, MemoryError):
         return _say(error, ["this machine is out of memory"], EXIT_MACHINE, session)

@@ -38,24 +38,60 @@ class Launched:
 ALONE = Launched()
 OUR_LAUNCHER = "TRAINKIT_LAUNCHER"  # its process id, for the processes that it starts
 LAUNCH_FILE = "TRAINKIT_LAUNCH_FILE"  # what it was given
+AGENTS_FILE = "TORCHELASTIC_ERROR_FILE"  # a file of this process in the folders of torch's elastic agent
+UNSET = "unset it, or start the processes with --launch or torchrun"
+_OFF = ("", "0", "no", "false")
+NOT_SUPPORTED: dict[str, tuple[tuple[str, ...], str]] = {  # each with the values that ask for nothing
+    "ACCELERATE_USE_DEEPSPEED": (_OFF, "DeepSpeed is not supported"),
+    "ACCELERATE_USE_MEGATRON_LM": (_OFF, "Megatron is not supported"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_OFF, "tensor and context parallelism are not supported"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "compiling the model is not supported"),
+    "ACCELERATE_TORCH_DEVICE": ((), "choosing the device is not supported, only ACCELERATE_USE_CPU=true is"),
+}
 
 
 def launched() -> Launched:
-    """Read the launcher's environment. Raises UsageError for FSDP in its first version."""
-    environment = os.environ
-    processes = int(environment.get("WORLD_SIZE", "1"))
+    """Read the launcher's environment.
+
+    Raises UsageError for a variable that no launcher sets so, and for FSDP in its first version.
+    """
+    processes, rank = _number("WORLD_SIZE", 1, least=1), _number("RANK", 0)
+    local_processes, local_rank = _number("LOCAL_WORLD_SIZE", 1, least=1), _number("LOCAL_RANK", 0)
     if processes == 1:
         return ALONE
-    shards = environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if shards and environment.get("FSDP_VERSION", "1") != "2":
+    if rank >= processes:
+        raise UsageError(f"RANK: {rank} of {processes} processes (WORLD_SIZE); they count from 0; {UNSET}")
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if shards and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("fsdp_config.fsdp_version: 1 is not supported; set it to 2 in the launch file")
     return Launched(
         processes=processes,
-        rank=int(environment.get("RANK", "0")),
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
-        local_processes=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        rank=rank,
+        local_rank=local_rank,
+        local_processes=local_processes,
         shards=shards,
     )
+
+
+def _number(variable: str, otherwise: int, least: int = 0) -> int:
+    text = os.environ.get(variable, str(otherwise))
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < least:
+        raise UsageError(f"{variable}: {text[:40]!r} is no whole number of at least {least}; {UNSET}")
+    return number
+
+
+def check_environment() -> None:
+    """Raise UsageError for a variable that Accelerate would obey and this program does not know how to."""
+    for name, (harmless, what) in NOT_SUPPORTED.items():
+        if name in os.environ and os.environ[name].lower() not in harmless:
+            raise UsageError(f"{name}: {what}; unset it")
+    missing = next((name for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR") if name not in os.environ), None)
+    if "LOCAL_RANK" in os.environ and missing and launched().processes == 1:
+        raise UsageError(f"LOCAL_RANK: is set, and {missing} is not; {UNSET}")
 
 
 def address_towards(address: str, port: int) -> str | None:
@@ -101,16 +137,22 @@ def launch_option() -> tuple[str, ...]:
 
 
 def is_first_to_fail(exit_code: int) -> bool:
-    """Whether no other process of this launch, on this machine, has said why it fails; always so for a single one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Whether no other process of this launch, on this machine, has said why it fails.
+
+    Always so where no known launcher started this process: who else did, is not told of here.
+    """
+    mark = _mark()
+    if mark is None:
         return True
     try:
-        descriptor = os.open(_mark_of(os.getppid()), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        if _is_of_another_launch(mark):
+            mark.unlink(missing_ok=True)
+        descriptor = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         return False
     except OSError:
         return True
-    os.write(descriptor, str(exit_code).encode())
+    os.write(descriptor, f"{exit_code} {_own_rank()} {os.getpid()}".encode())
     os.close(descriptor)
     return True
 
@@ -119,17 +161,47 @@ def first_exit_code() -> int | None:
     """For the launcher: the exit code of the process that said why it fails; None where none did. Asked once."""
     mark = _mark_of(os.getpid())
     try:
-        code = int(mark.read_text())
-    except (OSError, ValueError):
+        code = int(mark.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
         return None
     with suppress(OSError):
         mark.unlink()
     return code
 
 
+def _mark() -> Path | None:
+    """A file that the first process to fail makes; None where nothing tells this launch from others.
+
+    torch's agent, which is also torchrun's, gives each attempt of each launch a folder, with one for each process.
+    """
+    if has_our_launcher():
+        return _mark_of(os.getppid())
+    file = os.environ.get(AGENTS_FILE)
+    return Path(file).parent.parent / "trainkit.failed" if file else None
+
+
 def _mark_of(launcher: int) -> Path:
-    """A file that the first process to fail makes; an earlier launcher with the same id began at another moment."""
+    """That of our own launcher, which removes it; an earlier one with the same id began at another moment."""
     import psutil
 
     began = int(psutil.Process(launcher).create_time() * 1000)
     return Path(tempfile.gettempdir()) / f"trainkit-{os.getuid()}-{launcher}-{began}.failed"
+
+
+def _is_of_another_launch(mark: Path) -> bool:
+    """Whether a mark is older than this process, or made by an earlier one in its place.
+
+    An agent's variables may stand in a shell that starts one command after another.
+    """
+    import psutil
+
+    try:
+        _, rank, process = mark.read_text().split()
+        made = mark.stat().st_mtime
+    except (OSError, ValueError):  # there is none, or it is just being written
+        return False
+    return made < psutil.Process().create_time() or (rank == _own_rank() and process != str(os.getpid()))
+
+
+def _own_rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -124,6 +124,26 @@ def test_what_all_find_is_said_once(bench: Workbench) -> None:
     assert line.startswith("error: training.tokens_per_step: 128 tokens are 1 rows of 128, fewer than the 2 processes")
 
 
+def test_what_all_find_under_torchrun_is_said_once_and_leaves_no_mark(bench: Workbench, tmp_path: Path) -> None:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainkit")
+    options = ("--set", "training.seed=many")
+    ended = bench.start(
+        bench.recipe("wrong"), None, *options, program=torchrun, environment={"TMPDIR": str(tmp_path)}
+    ).end()
+    [line] = ended.error_lines()
+    assert line.startswith("error: --set training.seed: ")
+    assert list(tmp_path.glob("trainkit*")) == []
+
+
+def test_processes_that_nobody_launched_are_told_what_to_do(bench: Workbench) -> None:
+    ended = bench.run(bench.recipe("nobody"), environment={"WORLD_SIZE": "2"})
+    assert ended.code == 5, ended.said
+    [line] = ended.error_lines()
+    assert line.startswith("error: 2 processes were launched and did not meet: ")
+    assert line.endswith("; unset WORLD_SIZE, or use --launch or torchrun")
+    assert len(line) <= 200 + len("error: ")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["two-ddp", "two-fsdp2"])
 def test_errors_of_all_have_their_own_exit_code(bench: Workbench, kind: str) -> None:
@@ -224,6 +244,19 @@ def test_a_machine_that_waits_for_the_other_can_be_stopped(
         f"error: {number.name} while this machine waited for the others; the same command goes on from here"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_named(bench: Workbench) -> None:
+    """As it is where two machines are said to be the first one."""
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        file = machine_file(bench, "in-use", 0, "127.0.0.1", port)
+        ended = bench.run(bench.recipe("in-use"), None, "--launch", str(file))
+    assert ended.code == 5, ended.said
+    [line] = ended.error_lines()
+    assert line.startswith(f"error: main_process_port: {port} is in use on this machine; take another on all machines")
 
 
 @pytest.mark.long

@@ -239,8 +239,10 @@ TRAINING = SMALL.replace("{epochs: 1}", "\n  epochs: 1\n  seed: 1")
         # 13: a tag
         (SMALL.replace("runs/a", "!!python/object/apply:os.system [echo]"), "recipe.yaml:4:13: output_dir: the tag `tag:yaml.org,2002:python/object/apply:o…` is refused; a recipe holds plain text, numbers, lists and sections"),
         # 14, 16, 17, 18, 20: out of range
-        (TRAINING.replace("seed: 1", "learning_rate: -1e-4"), "recipe.yaml:5:18: training.learning_rate: must be above 0; got -1e-4"),
-        (TRAINING.replace("seed: 1", "learning_rate: 0"), "recipe.yaml:5:18: training.learning_rate: must be above 0; got 0"),
+        (TRAINING.replace("seed: 1", "learning_rate: -1e-4"), "recipe.yaml:5:18: training.learning_rate: must be above 0 and at most 3.4e+38; got -1e-4"),
+        (TRAINING.replace("seed: 1", "learning_rate: 0"), "recipe.yaml:5:18: training.learning_rate: must be above 0 and at most 3.4e+38; got 0"),
+        (TRAINING.replace("seed: 1", "learning_rate: 1e308"), "recipe.yaml:5:18: training.learning_rate: must be above 0 and at most 3.4e+38; got 1e308"),
+        (TRAINING.replace("seed: 1", "weight_decay: 1e39"), "recipe.yaml:5:17: training.weight_decay: must be at least 0 and at most 3.4e+38; got 1e39"),
         (TRAINING.replace("seed: 1", "micro_batch_size: 0"), "recipe.yaml:5:21: training.micro_batch_size: must be at least 1; got 0"),
         (TRAINING.replace("seed: 1", "micro_batch_size: -2"), "recipe.yaml:5:21: training.micro_batch_size: must be at least 1; got -2"),
         (TRAINING.replace("epochs: 1", "steps: 0"), "recipe.yaml:4:10: training.steps: must be at least 1; got 0"),
@@ -395,7 +397,10 @@ def test_null_takes_an_inherited_section_away(folder: Path) -> None:
 
 def test_a_mistake_of_a_base_points_into_it(folder: Path) -> None:
     (folder / "base.yaml").write_text(FULL.replace("1e-4", "-1"))
-    assert only_line_of("extends: base.yaml\n") == "base.yaml:20:18: training.learning_rate: must be above 0; got -1"
+    assert (
+        only_line_of("extends: base.yaml\n")
+        == "base.yaml:20:18: training.learning_rate: must be above 0 and at most 3.4e+38; got -1"
+    )
     (folder / "base.yaml").write_text(FULL.replace("[q_proj", "q_proj"))
     assert only_line_of("extends: base.yaml\n").startswith("base.yaml:7:")
 
@@ -435,7 +440,7 @@ def test_a_long_row_of_files_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.learning_rate=-1", "--set training.learning_rate: must be above 0; got -1"),
+        ("training.learning_rate=-1", "--set training.learning_rate: must be above 0 and at most 3.4e+38; got -1"),
         ("trainng.seed=1", "--set trainng.seed: trainng: unknown key; did you mean `training`?"),
         ("training.sed=1", "--set training.sed: unknown key; did you mean `seed`?"),
         ("training.seed", "--set training.seed: expected section.key=value"),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,3 +67,21 @@ def test_a_run_of_whole_epochs_trains_what_the_ledger_says(fine_tune: Any, packi
     ledger = run.summary["ledger"]
     assert run.summary["trained_tokens"] == 2 * ledger["trained_targets"]
     assert sum(line["tokens"] for line in run.lines("loss")) == 2 * ledger["tokens"]
+
+
+def test_a_number_of_the_update_that_is_too_large_for_fp32_is_no_bug(
+    fine_tune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within its bounds a learning rate may still be multiplied with something, as the 8-bit AdamW does."""
+
+    def step(self: torch.optim.SGD) -> None:
+        for weight in self.param_groups[0]["params"]:
+            weight.data.add_(weight.grad, alpha=-1e39)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    says = (
+        "error: step 1: a number of the update is too large for fp32; lower training.learning_rate or "
+        "training.weight_decay. No checkpoint was saved yet"
+    )
+    with pytest.raises(AssertionError, match=re.escape(says)):
+        fine_tune({"training": {"optimizer": "sgd"}})

@@ -115,6 +115,17 @@ def test_a_file_and_a_folder_below_a_file_are_refused(tmp_path: Path) -> None:
         check_output(str(tmp_path / "file" / "a" / "b"))
 
 
+@pytest.mark.parametrize("name", ["ledger.json", "summary.json", "report.html", "metrics.jsonl", "samples.jsonl"])
+def test_a_folder_in_place_of_a_file_is_refused(folder: RunFolder, begun: RunRecord, name: str) -> None:
+    assert begun
+    (folder.root / name).mkdir()
+    with pytest.raises(MachineError) as caught:
+        check_output(str(folder.root))
+    assert str(caught.value) == (
+        f"{folder.root / name}: is a folder where a run writes a file; move it away, or name a new folder"
+    )
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)

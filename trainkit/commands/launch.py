@@ -113,6 +113,11 @@ def _run(wanted: Launch, file: str, arguments: Sequence[str], logs: str, signals
             raise _stopped(error.sigval) from None
         return said
     except (OSError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise MachineError(
+                f"main_process_port: {wanted.port} is in use on this machine; take another on all machines, or check "
+                "machine_rank"
+            ) from error
         reason = first_line(error)
         raise MachineError(f"{file}: the processes could not be started: {reason}") from error
     return 0

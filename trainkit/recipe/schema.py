@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
+LARGEST = 3.4e38  # of what an optimizer takes as a number in fp32
+
 Precision = Literal["fp32", "fp16", "bf16", "auto"]
 
 
@@ -163,13 +165,15 @@ class Training:
     micro_batch_size: int | Literal["auto"] = key(
         "auto", "rows per device and forward pass; `auto`: what the memory estimate says fits", unit="rows", at_least=1
     )
-    learning_rate: float = key(2e-4, "peak learning rate", above=0)
+    learning_rate: float = key(2e-4, "peak learning rate", above=0, at_most=LARGEST)
     lr_scheduler: Literal["constant", "linear", "cosine", "wsd"] = key(
         "cosine", "shape after the warm-up; `wsd` stays constant and falls linearly over the last fifth"
     )
     warmup_ratio: float | None = key(None, "share of the steps that warm up (default 0.03)", at_least=0, below=1)
     warmup_steps: int | None = key(None, "steps that warm up, instead of warmup_ratio", unit="steps", at_least=0)
-    weight_decay: float = key(0.0, "decoupled weight decay; not applied to biases and norms", at_least=0)
+    weight_decay: float = key(
+        0.0, "decoupled weight decay; not applied to biases and norms", at_least=0, at_most=LARGEST
+    )
     max_grad_norm: float | None = key(1.0, "gradients are scaled down to this global norm; null: never", above=0)
     not_finite: Literal["stop", "skip"] = key(
         "stop",

@@ -294,9 +294,10 @@ def train(trainer: Trainer, should_stop: Callable[[], bool]) -> Iterator[StepRep
     """Do the steps that are left, yielding a report after each; return early when ``should_stop`` says so.
 
     Between two reports, and after an error, the trainer stands exactly at a step boundary: what ends a step in its
-    middle drops that step's gradients and puts the random generators back. Only HalfUpdatedError leaves weights that
-    belong to no step. Raises what :func:`training_step` raises, DivergedError for a step that is not finite and must
-    not or cannot be left out, and when the first updates changed nothing.
+    middle drops that step's gradients and puts the random generators back. HalfUpdatedError leaves weights that belong
+    to no step, and so does the DivergedError of an update that overflows. Raises what :func:`training_step` raises,
+    DivergedError for a step that is not finite and must not or cannot be left out, and when the first updates changed
+    nothing.
     """
     counters, plan = trainer.counters, trainer.plan
     movement = Movement(trainer.local_weights(), partial(sums, trainer.accelerator))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.errors import MachineError, first_line
-from trainkit.launched import launched
+from trainkit.launched import AGENTS_FILE, launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,8 +57,9 @@ def make_accelerator() -> Accelerator:
     except (ValueError, RuntimeError) as error:
         if processes == 1:
             raise
-        reason = first_line(error)
-        raise MachineError(f"{processes} processes were launched and did not meet: {reason}") from error
+        mend = "" if AGENTS_FILE in os.environ else "; unset WORLD_SIZE, or use --launch or torchrun"
+        reason = first_line(error, 150 - len(mend))
+        raise MachineError(f"{processes} processes were launched and did not meet: {reason}{mend}") from error
     if accelerator.num_processes != processes:
         raise MachineError(f"{processes} processes were launched, and {accelerator.num_processes} met")
     return accelerator

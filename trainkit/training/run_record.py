@@ -67,8 +67,8 @@ def check_output(output_dir: str) -> RunFolder:
     """The run folder for ``output_dir``, after making sure that it can be one. Leaves nothing behind.
 
     Whether its place takes files is tried with a small one, because permissions do not tell of a quota, a disk that is
-    full or has become read-only, or a server that maps root to nobody. Raises MachineError when it is a file or cannot
-    be written, UsageError when it holds files that trainkit did not make.
+    full or has become read-only, or a server that maps root to nobody. Raises MachineError when it is a file, has a
+    folder where a file is written, or cannot be written, UsageError when it holds files that trainkit did not make.
     """
     try:
         root = Path(output_dir).expanduser().resolve()  # without `..`: a folder that has no name cannot be put aside
@@ -94,6 +94,9 @@ def check_output(output_dir: str) -> RunFolder:
             raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
     if taken and not (folder.marker.is_file() and is_ours(folder.marker)):
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
+    for entry in (*folder.files, folder.metrics, folder.samples):
+        if entry.is_dir():
+            raise MachineError(f"{entry}: is a folder where a run writes a file; move it away, or name a new folder")
     try:
         _try_to_write(there, folder)
     except OSError as error:

@@ -102,7 +102,8 @@ def training_step(
     it raises NotFiniteError when the learning rate, the loss or the gradient is not finite, DivergedError when fp16
     overflows at every loss scale, DataError when the step has no trained token, and StopRequested when ``should_stop``
     says so between micro-batches; gradients are then the caller's to drop. HalfUpdatedError says that the update
-    itself failed. Where ``leave_out`` says so of the loss, there is no update, and the gradients are dropped.
+    itself failed, DivergedError that a number in it is too large for fp32. Where ``leave_out`` says so of the loss,
+    there is no update, and the gradients are dropped.
     """
     started = time.perf_counter()
     trained_tokens, tokens = _counts_over_all_processes(run.accelerator, micro_batches)
@@ -202,6 +203,10 @@ def _update(run: Stepper, describe_rows: Callable[[], str]) -> None:
         else:
             run.scaler.step(run.optimizer)  # does nothing when unscale_ found a number that is not finite
     except (RuntimeError, MemoryError) as error:
+        if "without overflow" in str(error):  # as torch says of a number of ours that is too large for the weights
+            raise DivergedError(
+                "a number of the update is too large for fp32; lower training.learning_rate or training.weight_decay"
+            ) from error
         raise HalfUpdatedError(str(error)) from error
     if run.scaler is not None:
         run.scaler.update()

@@ -49,7 +49,7 @@ OPTION_CASES = [
         "--set out of range",
         as_it_is,
         2,
-        r"^--set training\.learning_rate: must be above 0; got -1$",
+        r"^--set training\.learning_rate: must be above 0 and at most 3\.4e\+38; got -1$",
         command=(*FINE_TUNE, "--set", "training.learning_rate=-1"),
     ),
     Case(

@@ -8,7 +8,7 @@ RECIPE_CASES = [
     Case("learning rate NaN", lambda room: room.set("training.learning_rate", float("nan")), 2, r"learning_rate"),
     Case("learning rate infinite", lambda room: room.set("training.learning_rate", float("inf")), 2, r"learning_rate"),
     Case("learning rate 0", lambda room: room.set("training.learning_rate", 0), 2, r"learning_rate: must be above 0"),
-    Case("learning rate negative", lambda room: room.set("training.learning_rate", -1e-4), 2, r"be above 0; got -"),
+    Case("learning rate negative", lambda room: room.set("training.learning_rate", -1e-4), 2, r"; got -0.0001"),
     Case("no steps", lambda room: room.set("training.steps", 0), 2, r"training\.steps: must be at least 1; got 0"),
     Case("micro-batch 0", lambda room: room.set("training.micro_batch_size", 0), 2, r"training\.micro_batch_size"),
     Case("alpha NaN", lambda room: room.set("adapter.alpha", float("nan")), 2, r"adapter\.alpha"),
