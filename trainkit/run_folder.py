@@ -101,14 +101,13 @@ class RunFolder:
         """The traceback of a bug."""
         return self.root / "crash.txt"
 
-    @property
-    def files(self) -> tuple[Path, ...]:
+    def whole_files(self) -> tuple[Path, ...]:
         """Those that are written as a whole, by :func:`write_atomically`."""
         return (self.marker, self.recipe, self.environment, self.ledger, self.summary, self.report)
 
     def remove_leftovers(self) -> None:
         """Remove what a process left that was killed inside :func:`write_atomically`. Only for who holds the lock."""
-        names = "|".join(re.escape(path.name) for path in self.files)
+        names = "|".join(re.escape(path.name) for path in self.whole_files())
         leftover = re.compile(rf"\.({names})\.[a-z0-9_]{{8}}")  # as tempfile.mkstemp makes them
         for path in self.root.iterdir():
             if leftover.fullmatch(path.name) and path.is_file() and not path.is_symlink():

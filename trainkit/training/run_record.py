@@ -94,7 +94,7 @@ def check_output(output_dir: str) -> RunFolder:
             raise CheckpointError(f"{entry}: is a link to somewhere else; put its target here, or name a new folder")
     if taken and not (folder.marker.is_file() and is_ours(folder.marker)):
         raise UsageError(f"output_dir: {output_dir} is not empty and no run of trainkit's; name a new folder")
-    for entry in (*folder.files, folder.metrics, folder.samples):
+    for entry in (*folder.whole_files(), folder.metrics, folder.samples):
         if entry.is_dir():
             raise MachineError(f"{entry}: is a folder where a run writes a file; move it away, or name a new folder")
     try:

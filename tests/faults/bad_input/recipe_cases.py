@@ -215,7 +215,7 @@ VALUE_CASES = [
         "weight decay below 0",
         given("training.weight_decay", -0.1),
         2,
-        AT + r"training\.weight_decay: must be at least 0; got -0\.1$",
+        AT + r"training\.weight_decay: must be at least 0 and at most 3\.4e\+38; got -0\.1$",
     ),
     Case(
         "warm-up ratio of 1",
