@@ -111,7 +111,8 @@ def test_an_adapter_is_trained_continued_verified_and_merged(bench: Bench) -> No
     assert f"copied to {bench.folder / 'hub/modules'}" in first.stdout
     assert "documents are isolated" in first.stdout
     assert "loaded anew by plain peft: same weights, the same logits" in first.stdout
-    assert "not estimated: model_type 'own_llama': needs code of its own" in first.stdout
+    assert "not estimated: " in first.stdout
+    assert "model_type 'own_llama' needs code of its own" in " ".join(first.stdout.split())
     assert bench.json("run/run.json")["trusted_code"] == trust
     assert bench.json("run/environment.json")["trusted_code"] == trust
     card = bench.text("run/final/README.md")

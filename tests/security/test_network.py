@@ -7,12 +7,14 @@ libraries' own threads and languages are seen too. The server has HF_HUB_OFFLINE
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
 import pytest
 
 from trainkit.__main__ import main
+from trainkit.signals import SIGNALS
 
 TELEMETRY = ("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY")
 
@@ -101,6 +103,11 @@ def test_libraries_are_told_not_to_count_their_users(monkeypatch: pytest.MonkeyP
     for name in TELEMETRY:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["trainkit", "--version"])
-    with pytest.raises(SystemExit):
-        main()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(SystemExit):
+            main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert [os.environ[name] for name in TELEMETRY] == ["true"] * 3
