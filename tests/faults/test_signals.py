@@ -156,7 +156,7 @@ def heeds(process: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.goal("A7 the same signals while the program is loaded, packs, or exports: exit 75 or 130, one line")
+@pytest.mark.goal("A7 the same signals while the program is loaded or packs: exit 75 or 130, one line")
 @pytest.mark.parametrize("moments", [6, pytest.param(30, marks=pytest.mark.long)])
 def test_a_signal_in_the_first_seconds(tmp_path: Path, tiny_model_folder: Path, moments: int, tally: Tally) -> None:
     draw = random.Random(moments)
