@@ -179,7 +179,8 @@ YAML_CASES = [
         "two thousand nested lists",
         added("zzz: " + "[" * 2000 + "]" * 2000 + "\n"),
         2,
-        r"^recipe\.yaml:25:69: nested deeper than 64 levels$",
+        # The second is what PyYAML's own parser says of it, where it has a limit.
+        r"^recipe\.yaml:25:(69: nested deeper than 64 levels|\d+: not valid YAML: exceeded maximum nesting depth.*)$",
     ),
     Case(
         "a recipe of 2 MiB",
