@@ -305,13 +305,14 @@ def test_killed_at_random_moments_it_comes_to_the_same_curve(bench: Workbench, u
     assert largest_difference(ended, uninterrupted) <= ALMOST
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("numbers", "code"),
     [
         ((signal.SIGTERM, signal.SIGHUP, signal.SIGTERM), 75),
-        pytest.param((signal.SIGINT, signal.SIGTERM), 130, marks=pytest.mark.long),
-        pytest.param((signal.SIGTERM, signal.SIGINT, signal.SIGTERM), 75, marks=pytest.mark.long),
-        pytest.param((signal.SIGQUIT,), 75, marks=pytest.mark.long),
+        ((signal.SIGINT, signal.SIGTERM), 130),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGTERM), 75),
+        ((signal.SIGQUIT,), 75),
     ],
     ids=lambda value: "-".join(one.name for one in value) if isinstance(value, tuple) else None,
 )
