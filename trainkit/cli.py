@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -349,7 +349,6 @@ def estimate_memory_command(
         precision=precision,
         sequence_length=sequence_length,
         micro_batch_size=_rows(micro_batch_size),
-        auto_micro_batch=micro_batch_size == "auto",
         activation_checkpointing=activation_checkpointing,
         optimizer=optimizer,
         gpus=gpus,
@@ -421,10 +420,12 @@ def export_command(
     export(run, trust=trust, merge=merge, output=output, json_output=json_output)
 
 
-def _rows(text: str | None) -> int | None:
-    """The number of rows that ``--micro-batch-size`` gives; None for none, and for ``auto``. Raises UsageError."""
-    if text is None or text == "auto":
+def _rows(text: str | None) -> int | Literal["auto"] | None:
+    """What ``--micro-batch-size`` gives. Raises UsageError."""
+    if text is None:
         return None
+    if text == "auto":
+        return "auto"
     if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
         raise UsageError(f"--micro-batch-size: expected a whole number above 0, or `auto`; got `{text[:40]}`")
     return int(text)

@@ -148,6 +148,14 @@ def test_options_change_a_recipe_file(engine: StandIn, estimated: Estimated) -> 
     assert asked.config["model_type"] == "qwen3"
 
 
+def test_a_recipe_without_a_model_takes_that_of_the_option(
+    engine: StandIn, estimated: Estimated, tmp_path: Path
+) -> None:
+    (tmp_path / "nameless.yaml").write_text(RECIPE.replace("model: {name: llama-3.1-8b}\n", ""))
+    estimated("nameless.yaml", "--model", "qwen3-8b", "--memory", "80GiB")
+    assert engine.asked[0].config["model_type"] == "qwen3"
+
+
 @pytest.mark.parametrize("model", ["gpt2", "llama-3.1-8b"])
 def test_what_set_says_of_the_rows_decides_the_tokens_of_a_step(
     engine: StandIn, estimated: Estimated, model: str

@@ -294,7 +294,8 @@ def _show_models_that_fit(request: Request, console: Console) -> None:
             listed.append(facts | _method_as_json(best, subject))
         console.progress("models", number, len(known_models()))
     fitting = [one for one in listed if one["method"] is not None]
-    rows, length = request.micro_batch_size or 1, request.sequence_length or Packing().sequence_length
+    rows = request.micro_batch_size if isinstance(request.micro_batch_size, int) else 1
+    length = request.sequence_length or Packing().sequence_length
     shorter = "" if request.sequence_length else " (of a model with fewer positions: all of them)"
     console.prose(
         f"Micro-batches of {rows:,} row{'s' * (rows > 1)} of {length:,} tokens{shorter} in {gib(capacity.size_bytes)}"

@@ -33,10 +33,7 @@ _WITH_TEXTBOOK = {"RECIPE", "--model", "--set", "--view"}
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line asks; None and False where it says nothing.
-
-    ``auto_micro_batch`` is ``--micro-batch-size auto``, in place of a number.
-    """
+    """What the command line asks; None and False where it says nothing."""
 
     recipe: str | None = None
     overrides: Sequence[str] = ()
@@ -44,8 +41,7 @@ class Request:
     adapter: Literal["none", "lora", "qlora"] | None = None
     precision: str | None = None
     sequence_length: int | None = None
-    micro_batch_size: int | None = None
-    auto_micro_batch: bool = False
+    micro_batch_size: int | Literal["auto"] | None = None
     activation_checkpointing: bool = False
     optimizer: str | None = None
     gpus: int = 1
@@ -111,7 +107,7 @@ def check_request(request: Request) -> None:
 
 def _given(request: Request) -> set[str]:
     """The arguments and options that the command line names, by their names there."""
-    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view", "auto_micro_batch": "--micro-batch-size"}
+    named = {"recipe": "RECIPE", "overrides": "--set", "textbook": "--view"}
     return {
         named.get(option.name, f"--{option.name.replace('_', '-')}")
         for option in fields(request)
@@ -144,7 +140,9 @@ def subject_of(request: Request) -> Subject:
     """
     device, capacity = device_and_capacity(request)
     facts = model_facts(Model(name=request.model)) if request.model is not None and request.recipe is None else None
-    read = read_recipe(request.recipe, request.overrides, _flags(request, facts))
+    resized = request.sequence_length is not None or isinstance(request.micro_batch_size, int)
+    written = read_recipe(request.recipe, request.overrides).recipe if request.recipe and resized else None
+    read = read_recipe(request.recipe, request.overrides, _flags(request, facts, written))
     recipe = read.recipe
     facts = facts if facts and recipe.model.name == request.model else model_facts(recipe.model)
     check_sequence_length(facts, recipe.packing.sequence_length)
@@ -152,8 +150,10 @@ def subject_of(request: Request) -> Subject:
     chosen_precision(recipe.precision, device.kind, device.capability, request.gpu or "this GPU")  # raises for a GPU's
     shard = request.shard or ("none" if request.gpus == 1 else "ddp")
     warnings = read.warnings if request.recipe is not None else ()
-    step_tokens = _written_step_tokens(request) // request.gpus
-    return Subject(facts, recipe, step_tokens, warnings, device, capacity, request.gpus, shard)
+    step_tokens = recipe.training.tokens_per_step
+    if written is not None or request.recipe is None:
+        step_tokens = _written_step_tokens(request, written)
+    return Subject(facts, recipe, step_tokens // request.gpus, warnings, device, capacity, request.gpus, shard)
 
 
 def _check_rows(recipe: Recipe, gpus: int) -> None:
@@ -172,8 +172,11 @@ def _check_rows(recipe: Recipe, gpus: int) -> None:
         )
 
 
-def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
-    """The options as keys of a recipe. Without a file they are the whole recipe, of data that is never read."""
+def _flags(request: Request, facts: ModelFacts | None, written: Recipe | None) -> list[Flag]:
+    """The options as keys of a recipe. Without a file they are the whole recipe, of data that is never read.
+
+    ``written`` is the file's recipe, where the options say other rows.
+    """
     flags = []
     length = request.sequence_length
     if request.recipe is None or length is not None:  # --set goes before both
@@ -186,15 +189,14 @@ def _flags(request: Request, facts: ModelFacts | None) -> list[Flag]:
             flags.append(Flag("--model", key, value))
         overlap = min(Packing().overlap, length // 2)
         flags.append(Flag("--sequence-length", "packing.overlap", str(overlap)))
-    rows = "auto" if request.auto_micro_batch else request.micro_batch_size
-    if rows is not None or request.recipe is None:
-        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(rows or 1)))
+    if request.micro_batch_size is not None or request.recipe is None:
+        flags.append(Flag("--micro-batch-size", "training.micro_batch_size", str(request.micro_batch_size or 1)))
     if request.model is not None:
         flags.append(Flag("--model", "model.name", text_as_yaml(request.model)))
     if length is not None:
         flags.append(Flag("--sequence-length", "packing.sequence_length", str(length)))
-    if length is not None or request.micro_batch_size is not None:
-        flags.append(_tokens_per_step(request, length))
+    if length is not None or isinstance(request.micro_batch_size, int):
+        flags.append(_tokens_per_step(request, length, written))
     if request.adapter is not None:
         key, value = ("adapter", "null") if request.adapter == "none" else ("adapter.type", request.adapter)
         flags.append(Flag("--adapter", key, value))
@@ -217,26 +219,20 @@ def _overridden(request: Request, key: str) -> int | None:
     return found
 
 
-def _written_step_tokens(request: Request) -> int:
+def _written_step_tokens(request: Request, written: Recipe | None) -> int:
     """The tokens of a step as the recipe says, or the default."""
-    if request.recipe is None:
+    if written is None:
         return _overridden(request, "training.tokens_per_step") or Training.tokens_per_step
-    return read_recipe(request.recipe, request.overrides).recipe.training.tokens_per_step
+    return written.training.tokens_per_step
 
 
-def _tokens_per_step(request: Request, length: int | None) -> Flag:
+def _tokens_per_step(request: Request, length: int | None, written: Recipe | None) -> Flag:
     """As many tokens in a step as the recipe says (or its default): whole rows, and a micro-batch for every GPU."""
-    rows = _overridden(request, "training.micro_batch_size") or request.micro_batch_size or 1
-    tokens = _written_step_tokens(request)
-    if request.recipe is not None:
-        written = read_recipe(request.recipe, request.overrides).recipe
+    rows: int | Literal["auto"] | None = _overridden(request, "training.micro_batch_size") or request.micro_batch_size
+    if written is not None:
+        rows = written.training.micro_batch_size if rows is None else rows
         length = length or written.packing.sequence_length
-        if (
-            request.micro_batch_size is None
-            and not request.auto_micro_batch
-            and written.training.micro_batch_size != "auto"
-        ):
-            rows = written.training.micro_batch_size
     length = length or Packing().sequence_length
-    whole = max(tokens // length, rows * request.gpus) * length
+    least = (rows if isinstance(rows, int) else 1) * request.gpus
+    whole = max(_written_step_tokens(request, written) // length, least) * length
     return Flag("--sequence-length", "training.tokens_per_step", str(whole))
