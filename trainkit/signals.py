@@ -25,11 +25,15 @@ class Signalled(KeyboardInterrupt):
         self.received = received
 
 
+def heeded() -> list[signal.Signals]:
+    """Those of :data:`SIGNALS` that whoever called has not made this program ignore, as nohup does with SIGHUP."""
+    return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def heed() -> None:
-    """From now on each of :data:`SIGNALS` raises Signalled, unless whoever called has made this program ignore it."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _raise)
+    """From now on each of :func:`heeded` raises Signalled."""
+    for number in heeded():
+        signal.signal(number, _raise)
 
 
 def heed_no_more() -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from trainkit.errors import LostProcessError, MachineError, Stopped, UsageError, first_line
 from trainkit.launched import LAUNCH_FILE, OUR_LAUNCHER, address_towards, first_exit_code
-from trainkit.signals import EXIT_CTRL_C, EXIT_RESUMABLE, SIGNALS
+from trainkit.signals import EXIT_CTRL_C, EXIT_RESUMABLE, heeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -237,8 +237,7 @@ class _SignalsObeyed:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded()}
         self._heard, self._written = os.pipe()
         os.set_blocking(self._written, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)

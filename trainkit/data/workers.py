@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainkit.errors import MachineError
-from trainkit.signals import SIGNALS
+from trainkit.signals import heeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -130,9 +130,8 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     global _function_of_worker  # noqa: PLW0603 - an executor's worker has no other place for it
     _function_of_worker = function
     gc.disable()  # looking for cycles would copy the parent's pages, and a worker makes next to none
-    for one in SIGNALS:
-        if signal.getsignal(one) is not signal.SIG_IGN:
-            signal.signal(one, signal.SIG_IGN if one is signal.SIGINT else signal.SIG_DFL)
+    for one in heeded():
+        signal.signal(one, signal.SIG_IGN if one is signal.SIGINT else signal.SIG_DFL)
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -6,7 +6,7 @@ import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from trainkit.signals import SIGNALS
+from trainkit.signals import heeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,9 +31,8 @@ class Interruption:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handle)
+        for number in heeded():
+            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
