@@ -127,7 +127,7 @@ def test_a_branch_that_stands_for_another_commit_is_refused(own_llama: Any) -> N
         ("other/repository--modeling_own.OwnForCausalLM", "another repository .other/repository."),
         ("other--owner/own-llama--modeling_own.OwnForCausalLM", "another repository"),
         ("../modeling_own.OwnForCausalLM", "is no module.Class"),
-        ("/tmp/modeling_own.OwnForCausalLM", "is no module.Class"),
+        ("/elsewhere/modeling_own.OwnForCausalLM", "is no module.Class"),
         ("a/b.Own", "is no module.Class"),
         ("modeling_own", "is no module.Class"),
         (7, "is no module.Class"),
