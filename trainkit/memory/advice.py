@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
@@ -167,7 +168,7 @@ def largest_micro_batch(scenario: Scenario, capacity: Capacity, ask: Question, s
     A step stays one of ``step_tokens`` on each device (the scenario's own), or grows to one micro-batch.
     """
     most = max(MOST_TOKENS // scenario.sequence_length, 1)
-    tokens = step_tokens or scenario.micro_batches * scenario.tokens
+    tokens = step_tokens or scenario.step_tokens
 
     def of_rows(rows: int) -> Scenario:
         return scenario.with_rows(rows, scenario.sequence_length, tokens)
@@ -184,7 +185,7 @@ def longest_row(
     """
     most = min(positions or MOST_TOKENS, MOST_TOKENS)
     steps = -(-most // LENGTH_STEP)
-    tokens = step_tokens or scenario.micro_batches * scenario.tokens
+    tokens = step_tokens or scenario.step_tokens
 
     def of_length(step: int) -> Scenario:
         return scenario.with_rows(scenario.micro_batch_size, min(step * LENGTH_STEP, most), tokens)
@@ -340,7 +341,7 @@ def _sharded(scenario: Scenario, asked: Scenario, capacity: Capacity, ask: Quest
     checkpointed = replace(scenario, activation_checkpointing=True, shard="fsdp2")
 
     def shared_by(gpus: int) -> Scenario:
-        step_tokens = scenario.micro_batches * scenario.tokens // gpus
+        step_tokens = scenario.step_tokens // gpus
         rows = max(1, min(scenario.micro_batch_size, step_tokens // scenario.sequence_length))
         return replace(checkpointed, gpus=gpus).with_rows(rows, scenario.sequence_length, step_tokens)
 
@@ -377,7 +378,7 @@ def _change(scenario: Scenario, cost: str, asked: Scenario, ask: Question, *, sa
     if says_rows or scenario.micro_batch_size != asked.micro_batch_size:
         training.append(f"  micro_batch_size: {scenario.micro_batch_size}")
     a_row_each = scenario.gpus * scenario.sequence_length
-    if a_row_each > asked.gpus * asked.micro_batches * asked.tokens:
+    if a_row_each > asked.gpus * asked.step_tokens:
         training.append(f"  tokens_per_step: {a_row_each}")
     if training:
         lines += ["training:", *training]
@@ -415,14 +416,7 @@ def _largest_of_both(
 
     That is where a step becomes one micro-batch: no gradients of earlier ones stand beside it then.
     """
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if scenario_at(middle).micro_batches > 1:
-            low = middle
-        else:
-            high = middle
-    last_of_several = low
+    last_of_several = bisect_left(range(1, most + 1), True, key=lambda n: scenario_at(n).micro_batches == 1)
     if last_of_several < most:
         found = _largest(
             lambda further: scenario_at(last_of_several + further),
@@ -495,11 +489,4 @@ def _bound(scenario_at: Callable[[int], Scenario], most: int, limit: int, ask: Q
     smallest = scenario_at(1)
     if max(ask.least_bytes(smallest) or 0, ask.floor_bytes(smallest)) > limit:
         return 0
-    low, high = 1, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (ask.least_bytes(scenario_at(middle)) or 0) <= limit:
-            low = middle
-        else:
-            high = middle
-    return low
+    return bisect_left(range(1, most + 1), True, key=lambda n: (ask.least_bytes(scenario_at(n)) or 0) > limit)

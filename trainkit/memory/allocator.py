@@ -52,7 +52,7 @@ class CachingAllocator:
 
     def allocate(self, size: int) -> Block:
         """A block of at least ``size`` bytes."""
-        size = -(-size // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES or CUDA_BLOCK_BYTES
+        size = rounded_up(size, CUDA_BLOCK_BYTES) or CUDA_BLOCK_BYTES
         is_small = size <= _SMALL
         pool = self._free[is_small]
         index = bisect_left(pool, (size,))

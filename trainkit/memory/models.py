@@ -17,6 +17,7 @@ from trainkit.memory.families import ROTATIONS
 from trainkit.memory.tables import configs_folder, near_names, plain_name, read_table
 from trainkit.model.checking import CONFIG_FILE, check_architecture, read_config
 from trainkit.model.locating import SHIPPED_NAMES, download_config, locate_model, looks_like_path
+from trainkit.recipe.yaml_nodes import shown
 from trainkit.run_folder import expanded
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ _KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("rope_scaling", (dict,), "an object with a type and its numbers, or null"),
     ("rope_parameters", (dict,), "an object with a type and its numbers, or null"),
 )
-_LONGEST_VALUE = 40  # characters of it in an error
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,10 @@ def _check_numbers(facts: ModelFacts, path: Path) -> None:
         for name in names:
             value = config.get(name)
             if value is not None and not isinstance(value, list) and not (type(value) is int and 0 < value <= most):
-                raise ModelError(f"{path}: {inside}{name} is {_shown(value)}; {_range(value, most)}")
+                raise ModelError(f"{path}: {inside}{name} is {shown(repr(value))}; {_range(value, most)}")
     for name, kinds, what in _KINDS:
         if not isinstance(config.get(name), (*kinds, NoneType)):
-            raise ModelError(f"{path}: {inside}{name} is {_shown(config[name])}; it must be {what}")
+            raise ModelError(f"{path}: {inside}{name} is {shown(repr(config[name]))}; it must be {what}")
     _check_rotation(config, f"{path}: {inside}rope_scaling")
     width, heads, key_value_heads = (_first(config, names) for names in (_WIDTH, _HEADS, _KEY_VALUE_HEADS))
     if not isinstance(width, int) or not isinstance(heads, int):
@@ -231,11 +231,6 @@ def _range(value: object, most: int) -> str:
     return (
         f"it must be at most {most:,}" if type(value) is int and value > most else "it must be a whole number above 0"
     )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> Any:

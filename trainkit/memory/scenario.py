@@ -69,13 +69,18 @@ class Scenario:
         return self.micro_batch_size * self.sequence_length
 
     @property
+    def step_tokens(self) -> int:
+        """Row slots of a step on one device."""
+        return self.micro_batches * self.tokens
+
+    @property
     def method(self) -> Literal["full", "lora", "qlora"]:
         """How it is trained, in one word."""
         return "full" if self.adapter is None else self.adapter.type
 
     def with_micro_batch_size(self, rows: int) -> Scenario:
         """The same tokens per step in micro-batches of another size; whether any accumulate changes with it."""
-        return self.with_rows(rows, self.sequence_length, self.micro_batches * self.tokens)
+        return self.with_rows(rows, self.sequence_length, self.step_tokens)
 
     def with_rows(self, rows: int, sequence_length: int, step_tokens: int) -> Scenario:
         """Other micro-batches, in as many as a step of ``step_tokens`` on this device is made of, and at least one."""
